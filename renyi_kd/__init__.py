@@ -1,0 +1,41 @@
+"""Matrix-based Rényi information functionals and the InfoSAM distillation loss for PyTorch."""
+
+from renyi_kd.distiller import InfoSAMDistiller, InfoSAMTerms, infosam_terms
+from renyi_kd.entropy import (
+    renyi_conditional_entropy,
+    renyi_entropy,
+    renyi_joint_entropy,
+    renyi_mutual_information,
+    renyi_total_correlation,
+)
+from renyi_kd.features import FeatureCollector, Features
+from renyi_kd.gram import (
+    laplacian_kernel,
+    linear_kernel,
+    normalize_gram,
+    polynomial_kernel,
+    rbf_kernel,
+)
+from renyi_kd.relation import DotProductRelation, RelationModule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DotProductRelation",
+    "FeatureCollector",
+    "Features",
+    "InfoSAMDistiller",
+    "InfoSAMTerms",
+    "RelationModule",
+    "infosam_terms",
+    "laplacian_kernel",
+    "linear_kernel",
+    "normalize_gram",
+    "polynomial_kernel",
+    "rbf_kernel",
+    "renyi_conditional_entropy",
+    "renyi_entropy",
+    "renyi_joint_entropy",
+    "renyi_mutual_information",
+    "renyi_total_correlation",
+]

@@ -1,0 +1,61 @@
+"""Argument checks. They read shapes, dtypes and devices, never values: no check waits for a GPU."""
+
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+
+def check_floating(name: str, value: object) -> None:
+    """Raise `TypeError` unless `value` is a real floating-point tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a torch.Tensor, got {type(value).__name__}.")
+    if not value.is_floating_point():
+        raise TypeError(
+            f"`{name}` must have a floating-point dtype, got {value.dtype}. "
+            f"Convert it first, for instance with `.float()`."
+        )
+
+
+def check_gram(name: str, gram: object) -> None:
+    """Raise unless `gram` is a floating-point tensor of shape `(..., n, n)`."""
+    check_floating(name, gram)
+    assert isinstance(gram, Tensor)
+    if gram.ndim < 2 or gram.shape[-1] != gram.shape[-2] or gram.shape[-1] == 0:
+        raise ValueError(
+            f"`{name}` must have shape (..., n, n), got {tuple(gram.shape)}. "
+            f"Build it from samples with linear_kernel, rbf_kernel, ..."
+        )
+
+
+def check_real(name: str, value: object, *, minimum: float, exclusive: bool = False) -> None:
+    """Raise unless `value` is a real number, not NaN, and at least (or above) `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a real number, got {type(value).__name__}.")
+    # Written so that NaN fails, and that torch.compile can trace it: it knows no math.isnan.
+    if not (value > minimum if exclusive else value >= minimum):
+        relation = ">" if exclusive else ">="
+        raise ValueError(f"`{name}` must be a number {relation} {minimum:g}, got {value}.")
+
+
+def check_alpha(alpha: object) -> None:
+    """Raise unless `alpha` is a Rényi order: a number > 0, or infinity."""
+    check_real("alpha", alpha, minimum=0, exclusive=True)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise `ValueError` unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_same_device(**tensors: Tensor) -> None:
+    """Raise `ValueError` unless all `tensors` live on one device."""
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        found = ", ".join(f"`{name}` on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"All tensors must be on one device, got {found}. Move them with `.to()`.")
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of a result: the promotion of the arguments' dtypes, at least float32."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)

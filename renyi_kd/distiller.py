@@ -1,0 +1,304 @@
+"""The InfoSAM loss: compress the teacher's relation, carry it to the student (Eq. 10-14)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from renyi_kd._checks import (
+    check_alpha,
+    check_floating,
+    check_real,
+    check_same_device,
+    compute_dtype,
+)
+from renyi_kd.entropy import renyi_entropy
+from renyi_kd.features import Features
+from renyi_kd.gram import linear_kernel, normalize_gram
+from renyi_kd.relation import RelationModule, check_dim, flatten_features
+
+
+class InfoSAMTerms(NamedTuple):
+    """The loss, its terms, and what to watch; all scalars, information in bits.
+
+    The first three carry gradients, the others are detached.
+    """
+
+    loss: Tensor
+    """Eq. 14: compression_weight * compression + distillation_weight * distillation."""
+    compression: Tensor
+    """L_r, Eq. 10 without its constant S(G_i, G_m): S(G_r^T) - S(G_i, G_m, G_r^T)."""
+    distillation: Tensor
+    """L_d, Eq. 12: -I(r^T; r^S)."""
+    compressed_information: Tensor
+    """I(z_i, z_m; r), what the teacher's relation keeps of its features."""
+    distilled_information: Tensor
+    """I(r^T; r^S), what the student's relation shares with the teacher's."""
+    teacher_relation_entropy: Tensor
+    """S(G_r^T); falling towards 0 it tells of a collapsed relation."""
+    student_relation_entropy: Tensor
+    """S(G_r^S)."""
+    teacher_feature_entropy: Tensor
+    """S(G_i, G_m)."""
+    relation_cosine: Tensor
+    """Mean over samples of cos(r^T_b, r^S_b); NaN if the relations differ in shape."""
+
+
+def infosam_terms(
+    teacher_relation: Tensor,
+    student_relation: Tensor,
+    image_embedding: Tensor,
+    mask_tokens: Tensor,
+    *,
+    alpha: float = 2.0,
+    compression_weight: float = 1.0,
+    distillation_weight: float = 0.5,
+    distillation_trains_relation: bool = True,
+) -> InfoSAMTerms:
+    r"""The InfoSAM loss and its terms from relations and teacher features (Eq. 10-14).
+
+    .. math::
+        L_r &= S_\alpha(G_r^T) - S_\alpha(G_i^T, G_m^T, G_r^T) && \text{(Eq. 10, 11)} \\
+        L_d &= -S_\alpha(G_r^T) - S_\alpha(G_r^S) + S_\alpha(G_r^T, G_r^S) && \text{(Eq. 12, 13)} \\
+        L &= \lambda_1 L_r + \lambda_2 L_d && \text{(Eq. 14)}
+
+    where each :math:`G` is the B x B Gram matrix over the samples of the batch, linear kernel on
+    flattened samples, normalised as in Def. 1.
+
+    Args:
+        teacher_relation: :math:`r^T`, shape `(B, ...)`.
+        student_relation: :math:`r^S`, shape `(B, ...)`.
+        image_embedding: :math:`z_i^T` of the teacher, shape `(B, ...)`.
+        mask_tokens: :math:`z_m^T` of the teacher, shape `(B, ...)`.
+        alpha: Rényi order > 0, `math.inf` included.
+        compression_weight: :math:`\lambda_1` >= 0.
+        distillation_weight: :math:`\lambda_2` >= 0.
+        distillation_trains_relation: whether :math:`L_d` passes a gradient to `teacher_relation`.
+
+    Returns:
+        `InfoSAMTerms`, in the promoted dtype of the arguments, at least float32.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, or an option not a number.
+        ValueError: fewer than two samples, different batch sizes or devices, `alpha` <= 0, or a
+            negative weight.
+
+    References:
+        Y. Zhang et al., InfoSAM: Fine-Tuning the Segment Anything Model from An
+        Information-Theoretic Perspective, ICML 2025.
+
+    Example:
+        >>> relation, embedding, tokens = torch.eye(4), torch.ones(4, 9), torch.ones(4, 3)
+        >>> infosam_terms(relation, relation, embedding, tokens).distilled_information
+        tensor(2.)
+    """
+    samples = {
+        "teacher_relation": teacher_relation,
+        "student_relation": student_relation,
+        "image_embedding": image_embedding,
+        "mask_tokens": mask_tokens,
+    }
+    _check_samples(samples)
+    check_alpha(alpha)
+    check_real("compression_weight", compression_weight, minimum=0)
+    check_real("distillation_weight", distillation_weight, minimum=0)
+
+    gram_t, gram_s, gram_i, gram_m = map(_sample_gram, samples.values())
+    distilled_gram_t = gram_t if distillation_trains_relation else gram_t.detach()
+    gram_im = gram_i * gram_m
+    # A joint entropy is the entropy of a Hadamard product (Eq. 16).
+    entropies = renyi_entropy(
+        torch.stack([gram_t, gram_s, gram_im, gram_im * gram_t, distilled_gram_t * gram_s]), alpha
+    )
+    entropy_t, entropy_s, entropy_im, entropy_imt, entropy_ts = entropies.unbind()
+    distilled_entropy_t = entropy_t if distillation_trains_relation else entropy_t.detach()
+
+    compression = entropy_t - entropy_imt
+    distillation = entropy_ts - distilled_entropy_t - entropy_s
+    loss = compression_weight * compression + distillation_weight * distillation
+    figures = (
+        entropy_im + compression,
+        -distillation,
+        entropy_t,
+        entropy_s,
+        entropy_im,
+        _mean_cosine(teacher_relation, student_relation),
+    )
+    dtype = compute_dtype(*samples.values())
+    return InfoSAMTerms(
+        loss.to(dtype),
+        compression.to(dtype),
+        distillation.to(dtype),
+        *(figure.detach().to(dtype) for figure in figures),
+    )
+
+
+class InfoSAMDistiller(nn.Module):
+    r"""The InfoSAM distillation loss (Zhang et al., ICML 2025, Eq. 14), see `infosam_terms`.
+
+    It holds the relation module that teacher and student share: give its parameters to the
+    optimiser. Teacher features are detached. Compression trains the relation module only;
+    distillation trains the student and, unless told otherwise, the relation module.
+
+    Args:
+        dim: number of channels :math:`D` of image embedding and mask tokens.
+        alpha: Rényi order > 0, `math.inf` included.
+        compression_weight: :math:`\lambda_1` >= 0.
+        distillation_weight: :math:`\lambda_2` >= 0.
+        relation: module from image embedding `(B, P, D)` and mask tokens `(B, N, D)` to relations
+            `(B, ...)`. Default: `RelationModule(dim)`.
+        distillation_trains_relation: if False, both relations of the distillation term are computed
+            with detached parameters, so that it trains the student alone (Eq. 6).
+
+    Raises:
+        TypeError: an option of the wrong kind.
+        ValueError: `dim` < 1, `alpha` <= 0, or a negative weight.
+
+    Shape:
+        - teacher, student: `Features`, or any pair of an image embedding `(B, D, H, W)`,
+          `(B, H, W, D)` or `(B, P, D)` and mask tokens `(B, N, D)` or `(B, D)`. `H`, `W` and `N`
+          may differ between the two.
+        - output: scalar, in the promoted dtype of features and parameters, at least float32.
+
+    Note:
+        At alpha 2 and other integers up to 32 nothing waits for the device; at other orders CUDA's
+        eigenvalues do. Non-finite features give a non-finite loss and gradients.
+
+    Example:
+        >>> distiller = InfoSAMDistiller(dim=8)
+        >>> teacher = torch.randn(4, 8, 6, 6), torch.randn(4, 1, 8)
+        >>> student = torch.randn(4, 8, 6, 6, requires_grad=True), torch.randn(4, 1, 8)
+        >>> loss = distiller(teacher, student)
+        >>> loss.backward()
+    """
+
+    def __init__(
+        self,
+        dim: int = 256,
+        *,
+        alpha: float = 2.0,
+        compression_weight: float = 1.0,
+        distillation_weight: float = 0.5,
+        relation: nn.Module | None = None,
+        distillation_trains_relation: bool = True,
+    ) -> None:
+        super().__init__()
+        check_dim(dim)
+        check_alpha(alpha)
+        check_real("compression_weight", compression_weight, minimum=0)
+        check_real("distillation_weight", distillation_weight, minimum=0)
+        if relation is not None and not isinstance(relation, nn.Module):
+            raise TypeError(f"`relation` must be a torch.nn.Module, got {type(relation).__name__}.")
+        self.dim = dim
+        self.alpha = alpha
+        self.compression_weight = compression_weight
+        self.distillation_weight = distillation_weight
+        self.relation = RelationModule(dim) if relation is None else relation
+        self.distillation_trains_relation = distillation_trains_relation
+
+    def forward(
+        self, teacher: Features | tuple[Tensor, Tensor], student: Features | tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """The loss, a scalar; see `terms`."""
+        return self.terms(teacher, student).loss
+
+    def terms(
+        self, teacher: Features | tuple[Tensor, Tensor], student: Features | tuple[Tensor, Tensor]
+    ) -> InfoSAMTerms:
+        """The loss, its terms and what to watch.
+
+        Args:
+            teacher: features of the frozen pre-trained model.
+            student: features of the fine-tuned model, from the same images and prompts.
+
+        Raises:
+            TypeError: features that are not pairs of floating-point tensors.
+            ValueError: shapes, batch sizes or devices do not fit, fewer than two samples, or the
+                teacher requires a gradient while the student does not.
+        """
+        teacher_pixels, teacher_tokens = self._flatten("teacher", teacher)
+        student_pixels, student_tokens = self._flatten("student", student)
+        if _requires_grad(teacher) and not _requires_grad(student):
+            raise ValueError(
+                "`teacher` must not be what trains, but it requires a gradient and `student` does "
+                "not. The arguments are probably swapped: call distiller(teacher, student)."
+            )
+        # Before the relations are computed, so that a bad batch costs nothing.
+        _check_samples({"teacher": teacher_pixels, "student": student_pixels})
+
+        teacher_pixels, teacher_tokens = teacher_pixels.detach(), teacher_tokens.detach()
+        teacher_relation = self.relation(teacher_pixels, teacher_tokens)
+        if self.distillation_trains_relation:
+            student_relation = self.relation(student_pixels, student_tokens)
+        else:
+            detached = {name: p.detach() for name, p in self.relation.named_parameters()}
+            student_relation = functional_call(
+                self.relation, detached, (student_pixels, student_tokens)
+            )
+        return infosam_terms(
+            teacher_relation,
+            student_relation,
+            teacher_pixels,
+            teacher_tokens,
+            alpha=self.alpha,
+            compression_weight=self.compression_weight,
+            distillation_weight=self.distillation_weight,
+            distillation_trains_relation=self.distillation_trains_relation,
+        )
+
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return (
+            f"dim={self.dim}, alpha={self.alpha}, compression_weight={self.compression_weight}, "
+            f"distillation_weight={self.distillation_weight}, "
+            f"distillation_trains_relation={self.distillation_trains_relation}"
+        )
+
+    def _flatten(
+        self, name: str, features: Features | tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        if not isinstance(features, (tuple, list)) or len(features) != 2:
+            raise TypeError(
+                f"`{name}` must be Features or a pair (image_embedding, mask_tokens), "
+                f"got {type(features).__name__}."
+            )
+        image_embedding, mask_tokens = features
+        return flatten_features(image_embedding, mask_tokens, self.dim, owner=f"{name} ")
+
+
+def _check_samples(samples: dict[str, Tensor]) -> None:
+    for name, tensor in samples.items():
+        check_floating(name, tensor)
+        if tensor.ndim < 2:
+            raise ValueError(
+                f"`{name}` must have shape (B, ...), one sample a row, got {tuple(tensor.shape)}."
+            )
+    check_same_device(**samples)
+    sizes = {name: tensor.shape[0] for name, tensor in samples.items()}
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"`{name}` {size}" for name, size in sizes.items())
+        raise ValueError(f"All arguments must have the same batch size, got {found}.")
+    if min(sizes.values()) < 2:
+        raise ValueError(
+            f"A batch must hold at least 2 samples, got {min(sizes.values())}: a Gram matrix over "
+            f"one sample carries no information. Use a larger batch, drop_last=True in the data "
+            f"loader for the last one, or gather the batch of all processes. Gradient accumulation "
+            f"does not enlarge the Gram matrix."
+        )
+
+
+def _requires_grad(features: Features | tuple[Tensor, Tensor]) -> bool:
+    return any(tensor.requires_grad for tensor in features)
+
+
+def _sample_gram(samples: Tensor) -> Tensor:
+    """Normalised Gram matrix over the batch (Def. 1, Eq. 19), in float64."""
+    return normalize_gram(linear_kernel(samples.flatten(1).double()))
+
+
+def _mean_cosine(teacher_relation: Tensor, student_relation: Tensor) -> Tensor:
+    if teacher_relation.shape != student_relation.shape:
+        return torch.full((), torch.nan, device=teacher_relation.device)
+    teacher, student = teacher_relation.detach().flatten(1), student_relation.detach().flatten(1)
+    return torch.cosine_similarity(teacher.double(), student.double()).mean()

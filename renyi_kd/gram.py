@@ -1,0 +1,213 @@
+"""Kernels, and Gram matrices normalised to trace one (InfoSAM, Def. 1, Eq. 19 and 20).
+
+All arithmetic is float64, which neither autocast nor `torch.set_float32_matmul_precision` touches,
+forward or backward; results have the promoted dtype of the arguments, at least float32.
+"""
+
+import torch
+from torch import Tensor
+
+from renyi_kd._checks import (
+    check_floating,
+    check_gram,
+    check_real,
+    check_same_device,
+    compute_dtype,
+)
+
+
+def linear_kernel(x: Tensor, y: Tensor | None = None) -> Tensor:
+    r"""Gram matrix of the linear kernel :math:`\kappa(x, y) = x^\top y` (InfoSAM, Eq. 19).
+
+    Args:
+        x: samples, one a row, shape `(..., n, d)`.
+        y: other samples, shape `(..., m, d)`. Default: `x`.
+
+    Returns:
+        Gram matrix, shape `(..., n, m)`, in the promoted dtype, at least float32.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: the shapes do not fit, or the devices differ.
+
+    Example:
+        >>> linear_kernel(torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
+        tensor([[1., 1.],
+                [1., 5.]])
+    """
+    dtype = _check_samples(x, y)
+    return _inner_products(x, y).to(dtype)
+
+
+def polynomial_kernel(
+    x: Tensor, y: Tensor | None = None, *, degree: int, offset: float = 1.0
+) -> Tensor:
+    r"""Gram matrix of the polynomial kernel :math:`\kappa(x, y) = (x^\top y + c)^p`.
+
+    Args:
+        x: samples, one a row, shape `(..., n, d)`.
+        y: other samples, shape `(..., m, d)`. Default: `x`.
+        degree: :math:`p`, an integer >= 1.
+        offset: :math:`c` >= 0.
+
+    Returns:
+        Gram matrix, shape `(..., n, m)`, in the promoted dtype, at least float32.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, or `degree` not an integer.
+        ValueError: the shapes do not fit, the devices differ, `degree` < 1 or `offset` < 0
+            (the kernel would not be positive semi-definite).
+
+    Example:
+        >>> polynomial_kernel(torch.tensor([[1.0], [2.0]]), degree=2)
+        tensor([[ 4.,  9.],
+                [ 9., 25.]])
+    """
+    dtype = _check_samples(x, y)
+    if not isinstance(degree, int):
+        raise TypeError(f"`degree` must be an integer, got {degree!r}.")
+    check_real("degree", degree, minimum=1)
+    check_real("offset", offset, minimum=0)
+    return ((_inner_products(x, y) + offset) ** degree).to(dtype)
+
+
+def rbf_kernel(x: Tensor, y: Tensor | None = None, *, bandwidth: float | None = None) -> Tensor:
+    r"""Gram matrix of :math:`\kappa(x, y) = \exp(-\lVert x - y \rVert_2^2 / (2 \sigma^2))`.
+
+    Args:
+        x: samples, one a row, shape `(..., n, d)`.
+        y: other samples, shape `(..., m, d)`. Default: `x`.
+        bandwidth: :math:`\sigma` > 0. Default: the median Euclidean distance over the pairs
+            i < j of `x`, detached, one for each matrix of a batch; 1 if that is zero.
+
+    Returns:
+        Gram matrix, shape `(..., n, m)`, in the promoted dtype, at least float32.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: the shapes do not fit, the devices differ, or `bandwidth` <= 0.
+
+    Example:
+        >>> rbf_kernel(torch.tensor([[0.0], [1.0]]), bandwidth=1.0)
+        tensor([[1.0000, 0.6065],
+                [0.6065, 1.0000]])
+    """
+    dtype = _check_samples(x, y)
+    distances, sigma = _distances(x, y, p=2.0, bandwidth=bandwidth)
+    return (-(distances / sigma).square() / 2).exp().to(dtype)
+
+
+def laplacian_kernel(
+    x: Tensor, y: Tensor | None = None, *, bandwidth: float | None = None
+) -> Tensor:
+    r"""Gram matrix of :math:`\kappa(x, y) = \exp(-\lVert x - y \rVert_1 / \sigma)`.
+
+    Args:
+        x: samples, one a row, shape `(..., n, d)`.
+        y: other samples, shape `(..., m, d)`. Default: `x`.
+        bandwidth: :math:`\sigma` > 0. Default: the median L1 distance over the pairs i < j
+            of `x`, detached, one for each matrix of a batch; 1 if that is zero.
+
+    Returns:
+        Gram matrix, shape `(..., n, m)`, in the promoted dtype, at least float32.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: the shapes do not fit, the devices differ, or `bandwidth` <= 0.
+
+    Example:
+        >>> laplacian_kernel(torch.tensor([[0.0], [1.0]]), bandwidth=1.0)
+        tensor([[1.0000, 0.3679],
+                [0.3679, 1.0000]])
+    """
+    dtype = _check_samples(x, y)
+    distances, sigma = _distances(x, y, p=1.0, bandwidth=bandwidth)
+    return (-distances / sigma).exp().to(dtype)
+
+
+def normalize_gram(gram: Tensor) -> Tensor:
+    r"""Normalise a Gram matrix to constant diagonal and trace one (InfoSAM, Def. 1).
+
+    .. math:: A_{ij} = \frac{1}{n} \frac{K_{ij}}{\sqrt{K_{ii} K_{jj}}}
+
+    For a linear kernel this is the Gram matrix of the samples scaled to unit length. A zero sample
+    (:math:`K_{ii} = 0`) counts as equal to other zero samples and orthogonal to the rest, the limit
+    of adding a small constant to the kernel, and passes back a zero gradient.
+
+    Args:
+        gram: Gram matrix :math:`K`, shape `(..., n, n)`.
+
+    Returns:
+        :math:`A`, shape `(..., n, n)`, in the dtype of `gram`, at least float32.
+
+    Raises:
+        TypeError: `gram` is not a floating-point tensor.
+        ValueError: `gram` is not square.
+
+    Example:
+        >>> normalize_gram(torch.tensor([[4.0, 1.0], [1.0, 1.0]]))
+        tensor([[0.5000, 0.2500],
+                [0.2500, 0.5000]])
+    """
+    check_gram("gram", gram)
+    kernel = gram.double()
+    diagonal = kernel.diagonal(dim1=-2, dim2=-1)
+    zero = diagonal == 0
+    scale = torch.where(zero, 1.0, diagonal).rsqrt()
+    # Def. 1 with 1 for a pair of zero samples and 0 for a pair of which one is zero.
+    cosine = torch.where(
+        zero.unsqueeze(-1) | zero.unsqueeze(-2),
+        (zero.unsqueeze(-1) & zero.unsqueeze(-2)).double(),
+        kernel * scale.unsqueeze(-1) * scale.unsqueeze(-2),
+    )
+    return (cosine / gram.shape[-1]).to(compute_dtype(gram))
+
+
+def _check_samples(x: Tensor, y: Tensor | None) -> torch.dtype:
+    for name, samples in (("x", x),) if y is None else (("x", x), ("y", y)):
+        check_floating(name, samples)
+        if samples.ndim < 2 or 0 in samples.shape:
+            raise ValueError(
+                f"`{name}` must have shape (..., n, d), one sample a row, "
+                f"got {tuple(samples.shape)}. Flatten each sample first."
+            )
+    if y is None:
+        return compute_dtype(x)
+    check_same_device(x=x, y=y)
+    if x.shape[-1] != y.shape[-1]:
+        raise ValueError(
+            f"`y` must have samples of the dimension of `x`, {x.shape[-1]}, "
+            f"got shape {tuple(y.shape)}."
+        )
+    return compute_dtype(x, y)
+
+
+def _inner_products(x: Tensor, y: Tensor | None) -> Tensor:
+    return x.double() @ (x if y is None else y).double().mT
+
+
+def _distances(
+    x: Tensor, y: Tensor | None, *, p: float, bandwidth: float | None
+) -> tuple[Tensor, Tensor | float]:
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        # |a|^2 + |b|^2 - 2ab would lose the digits of near-duplicate samples.
+        return torch.cdist(a, b, p=p, compute_mode="donot_use_mm_for_euclid_dist")
+
+    x = x.double()
+    distances = distance(x, x if y is None else y.double())
+    if bandwidth is not None:
+        check_real("bandwidth", bandwidth, minimum=0, exclusive=True)
+        return distances, bandwidth
+    among_x = distances if y is None else distance(x, x)
+    return distances, _median_over_pairs(among_x.detach())
+
+
+def _median_over_pairs(distances: Tensor) -> Tensor:
+    n = distances.shape[-1]
+    if n == 1:
+        return distances.new_ones(())
+    rows, columns = torch.triu_indices(n, n, offset=1, device=distances.device)
+    pairs = distances[..., rows, columns].sort(dim=-1).values
+    count = pairs.shape[-1]
+    median = (pairs[..., (count - 1) // 2] + pairs[..., count // 2]) / 2
+    return torch.where(median == 0, 1.0, median)[..., None, None]

@@ -1,0 +1,170 @@
+"""The relation between a SAM's image embedding and its mask tokens (InfoSAM, Eq. 8 and 9)."""
+
+from typing import Literal, TypeAlias, get_args
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from renyi_kd._checks import check_choice, check_floating, check_same_device, compute_dtype
+
+Residual: TypeAlias = Literal["raw", "normalized"]
+
+
+class RelationModule(nn.Module):
+    r"""Attention-based relation module (InfoSAM, Sec. 4.2, Fig. 3).
+
+    .. math::
+        Q &= W_Q \operatorname{LayerNorm}(z_m) + b_Q, \qquad
+        K = W_K \operatorname{LayerNorm}(z_i) + b_K && \text{(Eq. 8)} \\
+        S &= Q K^\top / \sqrt{D} + z_m z_i^\top && \text{(Eq. 9)}
+
+    and the relation is :math:`S`, flattened over tokens and pixels and scaled to unit length for
+    each sample. Teacher and student share one module.
+
+    Args:
+        dim: number of channels :math:`D` of image embedding and mask tokens.
+        residual: `"raw"` adds :math:`z_m z_i^\top` as in Eq. 9; `"normalized"` adds
+            :math:`\operatorname{LayerNorm}(z_m) \operatorname{LayerNorm}(z_i)^\top`, as the
+            authors' release does.
+
+    Raises:
+        ValueError: an unknown `residual`, or `dim` < 1.
+
+    Shape:
+        - image_embedding: `(B, D, H, W)`, `(B, H, W, D)` or `(B, P, D)`; if the first two both
+          fit, channels first.
+        - mask_tokens: `(B, N, D)` or `(B, D)`.
+        - relation: `(B, N, P)` with `P = H * W`, in the promoted dtype of features and
+          parameters, at least float32. A zero map stays zero.
+
+    Note:
+        The arithmetic is float64, which neither autocast nor `torch.set_float32_matmul_precision`
+        touches, forward or backward. The parameter names are those of the authors' release, so
+        that its relation module loads with `load_state_dict`.
+
+    Example:
+        >>> relation = RelationModule(dim=8)
+        >>> relation(torch.randn(2, 8, 4, 4), torch.randn(2, 1, 8)).shape
+        torch.Size([2, 1, 16])
+    """
+
+    def __init__(self, dim: int = 256, *, residual: Residual = "raw") -> None:
+        super().__init__()
+        check_dim(dim)
+        check_choice("residual", residual, get_args(Residual))
+        self.dim = dim
+        self.residual = residual
+        self.query_proj = nn.Linear(dim, dim)
+        self.key_proj = nn.Linear(dim, dim)
+        self.layer_norm_feat = nn.LayerNorm(dim)
+        self.layer_norm_mask = nn.LayerNorm(dim)
+
+    def forward(self, image_embedding: Tensor, mask_tokens: Tensor) -> Tensor:
+        """Relation of each sample, shape `(B, N, P)`, of unit length a sample."""
+        features = flatten_features(image_embedding, mask_tokens, self.dim)
+        weight = self.query_proj.weight
+        check_same_device(image_embedding=image_embedding, relation=weight)
+        dtype = compute_dtype(*features, weight)
+
+        pixels, tokens = (feature.double() for feature in features)  # (B, P, D), (B, N, D)
+        normalized_pixels = _layer_norm(self.layer_norm_feat, pixels)
+        normalized_tokens = _layer_norm(self.layer_norm_mask, tokens)
+        query = _linear(self.query_proj, normalized_tokens)  # (B, N, D)
+        key = _linear(self.key_proj, normalized_pixels)  # (B, P, D)
+        scores = query @ key.mT / self.dim**0.5  # (B, N, P)
+        if self.residual == "raw":
+            scores = scores + tokens @ pixels.mT
+        else:
+            scores = scores + normalized_tokens @ normalized_pixels.mT
+        return _unit_length(scores).to(dtype)
+
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return f"dim={self.dim}, residual={self.residual!r}"
+
+
+class DotProductRelation(nn.Module):
+    r"""The fixed relation :math:`z_m z_i^\top`, without parameters (InfoSAM, Tables 4 and 13).
+
+    Shape:
+        As `RelationModule`; :math:`D` is the last axis of the mask tokens.
+
+    Example:
+        >>> DotProductRelation()(torch.randn(2, 8, 4, 4), torch.randn(2, 1, 8)).shape
+        torch.Size([2, 1, 16])
+    """
+
+    def forward(self, image_embedding: Tensor, mask_tokens: Tensor) -> Tensor:
+        """Relation of each sample, shape `(B, N, P)`, of unit length a sample."""
+        check_floating("mask_tokens", mask_tokens)
+        features = flatten_features(image_embedding, mask_tokens, mask_tokens.shape[-1])
+        pixels, tokens = (feature.double() for feature in features)
+        return _unit_length(tokens @ pixels.mT).to(compute_dtype(*features))
+
+
+def check_dim(dim: object) -> None:
+    """Raise `ValueError` unless `dim` is a number of channels."""
+    if not isinstance(dim, int) or dim < 1:
+        raise ValueError(f"`dim` must be a positive integer, the number of channels, got {dim!r}.")
+
+
+def flatten_features(
+    image_embedding: Tensor, mask_tokens: Tensor, dim: int, *, owner: str = ""
+) -> tuple[Tensor, Tensor]:
+    """Features in any layout as `(B, P, D)` pixels and `(B, N, D)` tokens.
+
+    Args:
+        image_embedding: `(B, D, H, W)`, `(B, H, W, D)` or `(B, P, D)`.
+        mask_tokens: `(B, N, D)` or `(B, D)`.
+        dim: number of channels :math:`D`.
+        owner: whose features they are, for the messages, such as `"teacher "`.
+
+    Raises:
+        TypeError: a feature is not a floating-point tensor.
+        ValueError: a shape does not fit, or batch sizes or devices differ.
+    """
+    check_floating(f"{owner}image_embedding", image_embedding)
+    check_floating(f"{owner}mask_tokens", mask_tokens)
+    if image_embedding.ndim == 4 and image_embedding.shape[1] == dim:
+        pixels = rearrange(image_embedding, "b d h w -> b (h w) d")
+    elif image_embedding.ndim == 4 and image_embedding.shape[3] == dim:
+        pixels = rearrange(image_embedding, "b h w d -> b (h w) d")
+    elif image_embedding.ndim == 3 and image_embedding.shape[2] == dim:
+        pixels = image_embedding
+    else:
+        raise ValueError(
+            f"`{owner}image_embedding` must have shape (B, D, H, W), (B, H, W, D) or (B, P, D) "
+            f"with D = {dim}, got {tuple(image_embedding.shape)}. Set `dim` to its channels."
+        )
+    tokens = mask_tokens.unsqueeze(1) if mask_tokens.ndim == 2 else mask_tokens
+    if tokens.ndim != 3 or tokens.shape[2] != dim:
+        raise ValueError(
+            f"`{owner}mask_tokens` must have shape (B, N, D) or (B, D) with D = {dim}, "
+            f"got {tuple(mask_tokens.shape)}."
+        )
+    if pixels.shape[0] != tokens.shape[0]:
+        raise ValueError(
+            f"`{owner}image_embedding` and `{owner}mask_tokens` must have the same batch size, "
+            f"got {pixels.shape[0]} and {tokens.shape[0]}. One prompt an image makes one sample."
+        )
+    check_same_device(
+        **{f"{owner}image_embedding": image_embedding, f"{owner}mask_tokens": mask_tokens}
+    )
+    return pixels, tokens
+
+
+def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    return F.layer_norm(
+        x, norm.normalized_shape, norm.weight.double(), norm.bias.double(), norm.eps
+    )
+
+
+def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, linear.weight.double(), linear.bias.double())
+
+
+def _unit_length(scores: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(scores, dim=(1, 2), keepdim=True)
+    return scores / torch.where(norm == 0, 1.0, norm)

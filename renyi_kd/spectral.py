@@ -1,0 +1,118 @@
+r"""The Rényi entropy of a trace-one matrix from its spectrum (InfoSAM, Eq. 1 and 22).
+
+.. math:: S_\alpha(A) = \frac{1}{1-\alpha} \log_2 \operatorname{tr} A^\alpha
+
+There is one function, `spectral_entropy`, and there are three routes to :math:`\operatorname{tr}
+A^\alpha`: the Frobenius norm, matrix powers, and eigenvalues.
+"""
+
+import math
+from itertools import pairwise
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from renyi_kd._checks import check_choice
+
+Method: TypeAlias = Literal["frobenius", "power", "eigvalsh"]
+
+# Beyond it n^(1 - alpha) nears the end of float64's range, and eigenvalues cost no more.
+MAX_POWER = 32
+
+
+def _shortest_addition_chains(limit: int) -> dict[int, tuple[int, ...]]:
+    """For each number 2..limit a shortest chain from 1 to it by steps from the chain itself."""
+    found: dict[int, tuple[int, ...]] = {}
+    chains: list[tuple[int, ...]] = [(1,)]
+    while len(found) < limit - 1:
+        chains = [(*chain, chain[-1] + step) for chain in chains for step in chain]
+        chains = [chain for chain in chains if chain[-1] <= limit]
+        for chain in chains:
+            found.setdefault(chain[-1], chain)
+    return found
+
+
+_ADDITION_CHAINS = _shortest_addition_chains(MAX_POWER)
+
+
+def choose_method(alpha: float, method: Method | None) -> Method:
+    """The route for this order: the named one if it can serve, else the cheapest that can.
+
+    Raises:
+        ValueError: an unknown `method`, or one that cannot serve `alpha`.
+    """
+    integer = float(alpha).is_integer() and 2 <= alpha <= MAX_POWER
+    if method is None:
+        return "frobenius" if alpha == 2 else "power" if integer else "eigvalsh"
+    check_choice("method", method, get_args(Method))
+    if method == "frobenius" and alpha != 2:
+        raise ValueError(
+            f"`method` 'frobenius' needs alpha = 2, got alpha = {alpha}. "
+            f"Use 'eigvalsh', or None to choose."
+        )
+    if method == "power" and not integer:
+        raise ValueError(
+            f"`method` 'power' needs an integer alpha from 2 to {MAX_POWER}, got alpha = {alpha}. "
+            f"Use 'eigvalsh', or None to choose."
+        )
+    return method
+
+
+def spectral_entropy(matrix: Tensor, alpha: float, method: Method, *, epsilon: float) -> Tensor:
+    """Rényi entropy of order `alpha`, in bits.
+
+    Args:
+        matrix: symmetric positive semi-definite, of trace one, float64, shape `(..., n, n)`.
+        alpha: order > 0, 1 and infinity included.
+        method: the route, from `choose_method`.
+        epsilon: relative rounding error of the entries of `matrix`. Eigenvalues up to
+            `n * epsilon` times the largest lie outside its numerical range.
+
+    Returns:
+        Entropy in bits, float64, shape `(...)`.
+    """
+    if method == "eigvalsh":
+        return _entropy_from_eigenvalues(matrix, alpha, epsilon)
+    return _trace_of_power(matrix, int(alpha)).log2() / (1 - alpha)
+
+
+def _trace_of_power(matrix: Tensor, exponent: int) -> Tensor:
+    """Trace of an integer power of symmetric matrices; Eq. 22 where `exponent` is 2."""
+    *chain, _ = _ADDITION_CHAINS[exponent]
+    powers = {1: matrix}
+    for previous, current in pairwise(chain):
+        powers[current] = powers[previous] @ powers[current - previous]
+    # tr(XY) of symmetric X and Y is their inner product: the last product is never formed.
+    left, right = powers[chain[-1]], powers[exponent - chain[-1]]
+    trace: Tensor = torch.linalg.vecdot(left.flatten(-2), right.flatten(-2))
+    return trace
+
+
+def _entropy_from_eigenvalues(matrix: Tensor, alpha: float, epsilon: float) -> Tensor:
+    # LAPACK and cuSOLVER raise on NaN: decompose a stand-in, and pass value and gradient on as NaN.
+    finite = matrix.isfinite().all(dim=-1).all(dim=-1)
+    poison = matrix.sum(dim=(-2, -1)) * torch.where(finite, 0.0, math.nan).to(matrix)
+    stand_in = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    decomposable = torch.where(finite[..., None, None], matrix, stand_in)
+    eigenvalues: Tensor = torch.linalg.eigvalsh(decomposable).clamp(min=0)
+    if alpha == math.inf:
+        return poison - eigenvalues[..., -1].log2()
+
+    p = eigenvalues / eigenvalues.sum(dim=-1, keepdim=True)
+    if alpha <= 1:
+        # Off the range of the matrix the derivative is unbounded. Below order 1 so is the effect of
+        # rounding on the value; at order 1 small eigenvalues are true and stay.
+        in_range = p > matrix.shape[-1] * epsilon * p[..., -1:]
+        p = torch.where(in_range, p, p.detach() if alpha == 1 else 0.0)
+    if alpha == 1:
+        nats: Tensor = torch.special.entr(p).sum(dim=-1)
+        return poison + nats / math.log(2)
+
+    log_p = torch.where(p > 0, p, 1.0).log()
+    if abs(alpha - 1) < 0.5:
+        # sum p^alpha - 1 without the subtraction, which would leave no digits as alpha nears 1.
+        log_trace = (p * ((alpha - 1) * log_p).expm1()).sum(dim=-1).log1p()
+    else:
+        log_trace = torch.where(p > 0, alpha * log_p, -math.inf).logsumexp(dim=-1)
+    return poison + log_trace / ((1 - alpha) * math.log(2))

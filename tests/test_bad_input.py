@@ -1,0 +1,224 @@
+"""Every row of the README's table of bad input."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import renyi_kd
+from renyi_kd import DotProductRelation, InfoSAMDistiller, RelationModule, infosam_terms
+
+B, D = 4, 8
+ALPHAS = [0.5, 1, 1.01, 2, 3, 3.5, math.inf]
+
+
+def pair(batch: int = B, dim: int = D, tokens: int = 1) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, dim, 5, 6), torch.randn(batch, tokens, dim)
+
+
+def swapped() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    embedding, tokens = pair()
+    return (embedding.requires_grad_(), tokens), pair()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "error", "message"),
+    [
+        (pair(1), pair(1), ValueError, "at least 2 samples.*drop_last=True.*all processes"),
+        (pair(0), pair(0), ValueError, "at least 2 samples"),
+        (pair(4), pair(3), ValueError, "same batch size, got `teacher` 4, `student` 3"),
+        (pair(dim=7), pair(), ValueError, r"`teacher image_embedding`.*D = 8, got \(4, 7, 5, 6\)"),
+        (pair(), pair(dim=7), ValueError, "`student image_embedding`.*D = 8"),
+        ((pair()[0], pair(dim=7)[1]), pair(), ValueError, "`teacher mask_tokens`.*D = 8"),
+        ((pair(3)[0], pair()[1]), pair(), ValueError, "One prompt an image"),
+        ((pair()[0][0], pair()[1]), pair(), ValueError, r"got \(8, 5, 6\)"),
+        ((pair()[0], torch.randn(B, 2, 1, D)), pair(), ValueError, "`teacher mask_tokens`"),
+        ((pair()[0].long(), pair()[1]), pair(), TypeError, "floating-point dtype, got torch.int64"),
+        ((pair()[0], pair()[1].bool()), pair(), TypeError, "`teacher mask_tokens`.*torch.bool"),
+        (("embedding", "tokens"), pair(), TypeError, "must be a torch.Tensor, got str"),
+        (pair()[0], pair(), TypeError, "pair .*, got Tensor"),
+        (pair(), (*pair(), None), TypeError, "`student` must be Features or a pair"),
+        ((pair()[0].to("meta"), pair()[1]), pair(), ValueError, "one device.*meta"),
+        (pair(), tuple(x.to("meta") for x in pair()), ValueError, "one device.*`student` on meta"),
+        (*swapped(), ValueError, r"swapped: call distiller\(teacher, student\)"),
+    ],
+)
+def test_features_that_do_not_fit(teacher, student, error, message) -> None:
+    distiller = InfoSAMDistiller(D)
+    with pytest.raises(error, match=message):
+        distiller(teacher, student)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"alpha": 0}, ValueError, "`alpha` must be a number > 0, got 0"),
+        ({"alpha": -1.0}, ValueError, "`alpha` must be"),
+        ({"alpha": math.nan}, ValueError, "`alpha` must be"),
+        ({"alpha": "2"}, TypeError, "`alpha` must be a real number, got str"),
+        ({"compression_weight": -1}, ValueError, "`compression_weight` must be a number >= 0"),
+        ({"distillation_weight": math.nan}, ValueError, "`distillation_weight`"),
+        ({"dim": 0}, ValueError, "`dim` must be a positive integer"),
+        ({"dim": 8.0}, ValueError, "`dim` must be a positive integer"),
+        ({"relation": torch.nn.functional.relu}, TypeError, "`relation` must be a torch.nn.Module"),
+    ],
+)
+def test_options(options, error, message) -> None:
+    with pytest.raises(error, match=message):
+        InfoSAMDistiller(**options)
+
+
+def test_unknown_residual() -> None:
+    with pytest.raises(ValueError, match="one of 'raw', 'normalized', got 'none'"):
+        RelationModule(D, residual="none")
+
+
+def test_relations_of_one_sample() -> None:
+    one = torch.randn(1, 5)
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        infosam_terms(one, one, one, one)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda g: renyi_kd.renyi_entropy(g, alpha=0), ValueError, "`alpha`"),
+        (lambda g: renyi_kd.renyi_entropy(g, alpha=-math.inf), ValueError, "`alpha`"),
+        (lambda g: renyi_kd.renyi_entropy(g, alpha=True), TypeError, "`alpha`"),
+        (
+            lambda g: renyi_kd.renyi_entropy(g, method="svd"),
+            ValueError,
+            "one of 'frobenius', 'power', 'eigvalsh', got 'svd'",
+        ),
+        (lambda g: renyi_kd.renyi_entropy(g, 3, method="frobenius"), ValueError, "alpha = 2"),
+        (lambda g: renyi_kd.renyi_entropy(g, 1.5, method="power"), ValueError, "integer alpha"),
+        (lambda g: renyi_kd.renyi_entropy(g, 33, method="power"), ValueError, "from 2 to 32"),
+        (lambda g: renyi_kd.renyi_entropy(g[0]), ValueError, r"\(..., n, n\), got \(3,\)"),
+        (lambda g: renyi_kd.renyi_entropy(g[:2]), ValueError, "linear_kernel"),
+        (lambda g: renyi_kd.renyi_entropy(g.int()), TypeError, "floating-point"),
+        (lambda g: renyi_kd.renyi_entropy(g.to(torch.complex64)), TypeError, "floating-point"),
+        (lambda g: renyi_kd.renyi_entropy(g.tolist()), TypeError, "torch.Tensor, got list"),
+        (lambda g: renyi_kd.renyi_joint_entropy(), ValueError, "at least one Gram matrix"),
+        (lambda g: renyi_kd.renyi_joint_entropy(g, torch.eye(4)), ValueError, "same n samples"),
+        (lambda g: renyi_kd.renyi_mutual_information(g, []), ValueError, "`gram_y`.*at least one"),
+        (lambda g: renyi_kd.renyi_total_correlation(g, g.to("meta")), ValueError, "one device"),
+        (lambda g: renyi_kd.normalize_gram(g[:2]), ValueError, "`gram`"),
+        (lambda g: renyi_kd.linear_kernel(g[0]), ValueError, "one sample a row"),
+        (lambda g: renyi_kd.linear_kernel(g, g[:, :2]), ValueError, "dimension of `x`, 3"),
+        (lambda g: renyi_kd.linear_kernel(g.long()), TypeError, "`x`"),
+        (lambda g: renyi_kd.rbf_kernel(g, bandwidth=0), ValueError, "`bandwidth`"),
+        (lambda g: renyi_kd.laplacian_kernel(g, bandwidth=-1.0), ValueError, "`bandwidth`"),
+        (lambda g: renyi_kd.polynomial_kernel(g, degree=0), ValueError, "`degree`"),
+        (lambda g: renyi_kd.polynomial_kernel(g, degree=1.5), TypeError, "`degree`"),
+        (lambda g: renyi_kd.polynomial_kernel(g, degree=2, offset=-1), ValueError, "`offset`"),
+    ],
+)
+def test_functionals(call, error, message) -> None:
+    with pytest.raises(error, match=message):
+        call(torch.eye(3))
+
+
+def spoil(features: tuple[Tensor, Tensor], half: int, value: float) -> tuple[Tensor, Tensor]:
+    spoiled = tuple(x.clone() for x in features)
+    spoiled[half][1].view(-1)[3] = value
+    return spoiled
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("who", ["teacher", "student"])
+@pytest.mark.parametrize("half", [0, 1])
+def test_non_finite_features_give_a_non_finite_loss_and_gradients(alpha, value, who, half) -> None:
+    torch.manual_seed(0)
+    teacher, student = pair(), pair()
+    if who == "teacher":
+        teacher = spoil(teacher, half, value)
+    else:
+        student = spoil(student, half, value)
+    student = tuple(x.requires_grad_() for x in student)
+    distiller = InfoSAMDistiller(D, alpha=alpha)
+    loss = distiller(teacher, student)
+    loss.backward()
+    assert not loss.isfinite()
+    for tensor in (*student, distiller.relation.key_proj.weight):
+        assert not tensor.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_a_gradient_scaler_skips_the_step(alpha) -> None:
+    torch.manual_seed(0)
+    distiller, student = InfoSAMDistiller(D, alpha=alpha), tuple(x.requires_grad_() for x in pair())
+    optimizer = torch.optim.SGD([*student, *distiller.parameters()], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu")
+    before = copy.deepcopy(distiller.state_dict())
+    scaler.scale(distiller(spoil(pair(), 0, math.nan), student)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    torch.testing.assert_close(distiller.state_dict(), before)
+
+
+def zero(features):
+    return tuple(torch.zeros_like(x) for x in features)
+
+
+def identical(features):
+    return tuple(x[:1].expand_as(x).clone() for x in features)
+
+
+def near_identical(features):
+    return tuple(x[:1] + 1e-6 * x for x in features)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("degenerate", [zero, identical, near_identical])
+@pytest.mark.parametrize("relation", [RelationModule(D), DotProductRelation()])
+def test_degenerate_features_have_the_right_limit(alpha, degenerate, relation) -> None:
+    torch.manual_seed(0)
+    student = tuple(x.requires_grad_() for x in degenerate(pair()))
+    distiller = InfoSAMDistiller(D, alpha=alpha, relation=copy.deepcopy(relation))
+    terms = distiller.terms(degenerate(pair()), student)
+    terms.loss.backward()
+    # Samples that are all alike carry no information.
+    tolerance = 1e-4 if alpha < 1 else 1e-6
+    for name, bits in terms._asdict().items():
+        if name != "relation_cosine":
+            assert abs(bits) < tolerance, name
+    gradients = [x.grad for x in (*student, *distiller.parameters())]
+    assert all(g.isfinite().all() for g in gradients)
+    if degenerate is zero:
+        assert all((x.grad == 0).all() for x in student)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_a_zero_sample_counts_as_orthogonal_to_the_rest(alpha) -> None:
+    torch.manual_seed(0)
+    embedding, tokens = pair()
+    embedding[0], tokens[0] = 0, 0
+    embedding.requires_grad_()
+    distiller = InfoSAMDistiller(D, alpha=alpha, relation=DotProductRelation()).double()
+    terms = distiller.terms(pair(), (embedding, tokens))
+    terms.loss.backward()
+    assert (embedding.grad[0] == 0).all()
+    assert embedding.grad.isfinite().all()
+
+    # The limit: a sample orthogonal to the rest, in a channel and a pixel of its own.
+    orthogonal = torch.zeros(B, D + 1, 5, 7), torch.zeros(B, 1, D + 1)
+    orthogonal[0][:, :D, :, :6], orthogonal[1][..., :D] = embedding.detach(), tokens
+    orthogonal[0][0, D, 0, 6], orthogonal[1][0, 0, D] = 1, 1
+    distiller = InfoSAMDistiller(D + 1, alpha=alpha, relation=DotProductRelation())
+    limit = distiller.terms(orthogonal, orthogonal).teacher_relation_entropy
+    torch.testing.assert_close(terms.student_relation_entropy, limit)
+
+
+def test_functionals_of_non_finite_matrices() -> None:
+    for alpha in ALPHAS:
+        gram = torch.stack([torch.eye(3), torch.eye(3)]).requires_grad_()
+        spoiled = gram * torch.tensor([1.0, math.nan])[:, None, None]
+        entropy = renyi_kd.renyi_entropy(spoiled, alpha)
+        torch.testing.assert_close(entropy[0], torch.tensor(3.0).log2())
+        assert entropy[1].isnan()
+        (gradient,) = torch.autograd.grad(entropy.sum(), gram)
+        assert gradient[0].isfinite().all()
+        assert gradient[1].isnan().all()
