@@ -275,16 +275,16 @@ def _check_samples(samples: dict[str, Tensor]) -> None:
                 f"`{name}` must have shape (B, ...), one sample a row, got {tuple(tensor.shape)}."
             )
     check_same_device(**samples)
-    sizes = {name: tensor.shape[0] for name, tensor in samples.items()}
-    if len(set(sizes.values())) > 1:
-        found = ", ".join(f"`{name}` {size}" for name, size in sizes.items())
+    sizes = [tensor.shape[0] for tensor in samples.values()]
+    if any(size != sizes[0] for size in sizes):
+        found = ", ".join(f"`{name}` {size}" for name, size in zip(samples, sizes, strict=True))
         raise ValueError(f"All arguments must have the same batch size, got {found}.")
-    if min(sizes.values()) < 2:
+    if sizes[0] < 2:
         raise ValueError(
-            f"A batch must hold at least 2 samples, got {min(sizes.values())}: a Gram matrix over "
-            f"one sample carries no information. Use a larger batch, drop_last=True in the data "
-            f"loader for the last one, or gather the batch of all processes. Gradient accumulation "
-            f"does not enlarge the Gram matrix."
+            f"A batch must hold at least 2 samples, got {sizes[0]}: a Gram matrix over one sample "
+            f"carries no information. Use a larger batch, drop_last=True in the data loader for "
+            f"the last one, or gather the batch of all processes. Gradient accumulation does not "
+            f"enlarge the Gram matrix."
         )
 
 

@@ -42,7 +42,7 @@ def choose_method(alpha: float, method: Method | None) -> Method:
     Raises:
         ValueError: an unknown `method`, or one that cannot serve `alpha`.
     """
-    integer = float(alpha).is_integer() and 2 <= alpha <= MAX_POWER
+    integer = 2 <= alpha <= MAX_POWER and alpha == int(alpha)
     if method is None:
         return "frobenius" if alpha == 2 else "power" if integer else "eigvalsh"
     check_choice("method", method, get_args(Method))

@@ -81,11 +81,13 @@ def test_distillation_need_not_train_the_relation() -> None:
         both.compression, list(released.parameters()), retain_graph=True
     )
     for g, expected in zip(
-        torch.autograd.grad(alone.loss, weights, retain_graph=True), compression
+        torch.autograd.grad(alone.loss, weights, retain_graph=True), compression, strict=True
     ):
         torch.testing.assert_close(g, expected)
     for own, expected in zip(
-        torch.autograd.grad(alone.loss, student), torch.autograd.grad(both.loss, student)
+        torch.autograd.grad(alone.loss, student),
+        torch.autograd.grad(both.loss, student),
+        strict=True,
     ):
         torch.testing.assert_close(own, expected)
 
@@ -191,7 +193,7 @@ def test_float32_gradients_match_float64(alpha: float) -> None:
         loss = distiller(tuple(x.to(dtype) for x in features(1)), student)
         return list(torch.autograd.grad(loss, [*student, *distiller.parameters()]))
 
-    for value, reference in zip(gradients(torch.float32), gradients(torch.float64)):
+    for value, reference in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
         assert relative_error(value.double(), reference) < 1e-6
 
 
@@ -209,7 +211,7 @@ def test_backward_is_exact_under_reduced_matmul_precision_and_autocast() -> None
             reduced = gradients()
     finally:
         torch.set_float32_matmul_precision(before)
-    for value, reference in zip(reduced, expected):
+    for value, reference in zip(reduced, expected, strict=True):
         torch.testing.assert_close(value, reference, rtol=0, atol=0)
 
 
@@ -226,12 +228,12 @@ def test_gradcheck(alpha: float, residual: str) -> None:
     distiller = InfoSAMDistiller(
         3, alpha=alpha, relation=RelationModule(3, residual=residual)
     ).double()
-    names, weights = zip(*distiller.named_parameters())
+    names, weights = zip(*distiller.named_parameters(), strict=True)
     teacher = torch.randn(3, 3, 2, 2).double(), torch.randn(3, 2, 3).double()
     student = trainable((torch.randn(3, 3, 2, 2).double(), torch.randn(3, 2, 3).double()))
 
     def loss(embedding: Tensor, tokens: Tensor, *values: Tensor) -> Tensor:
-        parameters = dict(zip(names, values))
+        parameters = dict(zip(names, values, strict=True))
         return torch.func.functional_call(distiller, parameters, (teacher, (embedding, tokens)))
 
     assert torch.autograd.gradcheck(loss, (*student, *weights))
@@ -256,7 +258,7 @@ def test_compiles_without_graph_break(options: dict[str, object]) -> None:
     torch.testing.assert_close(loss, expected)
     inputs = [*student, *distiller.parameters()]
     for value, reference in zip(
-        torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs)
+        torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True
     ):
         assert relative_error(value, reference) < 1e-5
 

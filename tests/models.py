@@ -1,0 +1,196 @@
+"""Real SAMs at small sizes with random weights, and how to run any of them."""
+
+from functools import partial
+
+import torch
+from sam2.build_sam import build_sam2
+from sam2.modeling.sam2_base import SAM2Base
+from segment_anything.modeling import (
+    ImageEncoderViT,
+    MaskDecoder,
+    PromptEncoder,
+    Sam,
+    TwoWayTransformer,
+)
+from torch import Tensor, nn
+from transformers import (
+    Sam2Config,
+    Sam2HieraDetConfig,
+    Sam2Model,
+    Sam2VisionConfig,
+    SamConfig,
+    SamModel,
+)
+
+SIZE = 64  # pixels; the image embeddings are SIZE / 16 wide
+
+
+def tiny_sam() -> Sam:
+    """`Sam` of segment_anything."""
+    torch.manual_seed(0)
+    grid = SIZE // 16
+    return Sam(
+        image_encoder=ImageEncoderViT(
+            img_size=SIZE,
+            patch_size=16,
+            embed_dim=32,
+            depth=2,
+            num_heads=2,
+            out_chans=32,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=3,
+            global_attn_indexes=(1,),
+        ),
+        prompt_encoder=PromptEncoder(
+            embed_dim=32,
+            image_embedding_size=(grid, grid),
+            input_image_size=(SIZE, SIZE),
+            mask_in_chans=4,
+        ),
+        mask_decoder=MaskDecoder(
+            transformer_dim=32,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=32, mlp_dim=64, num_heads=4),
+            iou_head_hidden_dim=32,
+        ),
+    ).eval()
+
+
+def tiny_sam2(*, object_scores: bool = True) -> SAM2Base:
+    """`SAM2Base` of sam2, 256 channels; without the stability fallback to another mask."""
+    torch.manual_seed(0)
+    overrides = [
+        f"++model.image_size={SIZE}",
+        "++model.num_maskmem=0",
+        "++model.memory_attention.num_layers=1",
+        "++model.image_encoder.trunk.embed_dim=16",
+        "++model.image_encoder.trunk.stages=[1,1,2,1]",
+        "++model.image_encoder.trunk.global_att_blocks=[3]",
+        "++model.image_encoder.neck.backbone_channel_list=[128,64,32,16]",
+    ]
+    if not object_scores:
+        overrides += [
+            "++model.pred_obj_scores=false",
+            "++model.pred_obj_scores_mlp=false",
+            "++model.fixed_no_obj_ptr=false",
+        ]
+    return build_sam2(
+        "configs/sam2.1/sam2.1_hiera_t.yaml",
+        device="cpu",
+        hydra_overrides_extra=overrides,
+        apply_postprocessing=False,
+    )
+
+
+def tiny_hf_sam() -> SamModel:
+    """`SamModel` of transformers."""
+    torch.manual_seed(0)
+    image = {"image_size": SIZE, "patch_size": 16}
+    config = SamConfig(
+        vision_config=image
+        | {
+            "hidden_size": 32,
+            "output_channels": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "window_size": 3,
+            "global_attn_indexes": [1],
+            "num_pos_feats": 16,
+            "initializer_range": 0.1,
+        },
+        prompt_encoder_config=image | {"hidden_size": 32, "mask_input_channels": 4},
+        mask_decoder_config={"hidden_size": 32, "mlp_dim": 64, "num_attention_heads": 4},
+        initializer_range=0.1,
+    )
+    return SamModel(config).eval()
+
+
+def tiny_hf_sam2() -> Sam2Model:
+    """`Sam2Model` of transformers; without the stability fallback to another mask."""
+    torch.manual_seed(0)
+    backbone = Sam2HieraDetConfig(
+        hidden_size=16,
+        image_size=[SIZE, SIZE],
+        blocks_per_stage=[1, 1, 2, 1],
+        embed_dim_per_stage=[16, 32, 64, 128],
+        global_attention_blocks=[3],
+        initializer_range=0.1,
+    )
+    config = Sam2Config(
+        vision_config=Sam2VisionConfig(
+            backbone_config=backbone,
+            backbone_channel_list=[128, 64, 32, 16],
+            backbone_feature_sizes=[[SIZE // stride] * 2 for stride in (4, 8, 16)],
+            fpn_hidden_size=32,
+            initializer_range=0.1,
+        ),
+        prompt_encoder_config={"hidden_size": 32, "image_size": SIZE, "mask_input_channels": 4},
+        mask_decoder_config={
+            "hidden_size": 32,
+            "mlp_dim": 64,
+            "num_attention_heads": 4,
+            "dynamic_multimask_via_stability": False,
+        },
+        initializer_range=0.1,
+    )
+    return Sam2Model(config).eval()
+
+
+def encode(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """What the mask decoder takes of the images: feature maps, the image embedding last."""
+    if hasattr(model, "vision_encoder"):
+        if not hasattr(model, "no_memory_embedding"):
+            return [model.vision_encoder(images)[0]]
+        *fine, coarse = model.get_image_features(images, return_dict=True).fpn_hidden_states
+        levels, sizes = [*fine, coarse + model.no_memory_embedding], model.backbone_feature_sizes
+    elif hasattr(model, "sam_mask_decoder"):
+        _, levels, _, sizes = model._prepare_backbone_features(model.forward_image(images))
+        levels[-1] = levels[-1] + model.no_mem_embed
+    else:
+        return [model.image_encoder(images)]
+    # (H W, B, C) -> (B, C, H, W)
+    return [
+        level.permute(1, 2, 0).unflatten(2, tuple(size))
+        for level, size in zip(levels, sizes, strict=True)
+    ]
+
+
+def decode(
+    model: nn.Module, levels: list[Tensor], boxes: Tensor, *, multimask_output: bool = False
+) -> Tensor:
+    """Low-resolution mask logits `(B, masks, h, w)`, one box `(B, 4)` an image."""
+    if hasattr(model, "vision_encoder"):
+        return model(
+            image_embeddings=levels if len(levels) > 1 else levels[0],
+            input_boxes=boxes.unsqueeze(1),
+            multimask_output=multimask_output,
+        ).pred_masks[:, 0]
+    if hasattr(model, "sam_mask_decoder"):
+        sparse, dense = model.sam_prompt_encoder(points=None, boxes=boxes, masks=None)
+        return model.sam_mask_decoder(
+            image_embeddings=levels[-1],
+            image_pe=model.sam_prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=multimask_output,
+            repeat_image=len(levels[-1]) != len(boxes),
+            high_res_features=levels[:-1],
+        )[0]
+    (embedding,) = levels
+    sparse, dense = model.prompt_encoder(points=None, boxes=boxes, masks=None)
+    if len(embedding) > 1:
+        # This decoder repeats one image over all prompts: a batch gets in with the dense prompts.
+        embedding, dense = torch.zeros_like(embedding[:1]), dense + embedding
+    image_pe = model.prompt_encoder.get_dense_pe()
+    return model.mask_decoder(embedding, image_pe, sparse, dense, multimask_output)[0]
+
+
+def segment(
+    model: nn.Module, images: Tensor, boxes: Tensor, *, multimask_output: bool = False
+) -> Tensor:
+    """Low-resolution mask logits `(B, masks, h, w)`, from images to masks in one go."""
+    if hasattr(model, "vision_encoder"):
+        return model(
+            pixel_values=images, input_boxes=boxes.unsqueeze(1), multimask_output=multimask_output
+        ).pred_masks[:, 0]
+    return decode(model, encode(model, images), boxes, multimask_output=multimask_output)

@@ -1,0 +1,404 @@
+import copy
+import weakref
+from functools import partial
+
+import pytest
+import torch
+from models import SIZE, decode, encode, segment, tiny_hf_sam, tiny_hf_sam2, tiny_sam, tiny_sam2
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from renyi_kd import FeatureCollector, InfoSAMDistiller
+
+BUILDERS = {
+    "sam": tiny_sam,
+    "sam2": tiny_sam2,
+    "sam2-without-object-scores": partial(tiny_sam2, object_scores=False),
+    "hf-sam": tiny_hf_sam,
+    "hf-sam2": tiny_hf_sam2,
+}
+IMAGES = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+BOXES = torch.tensor([[5.0, 8.0, 40.0, 50.0], [10.0, 3.0, 60.0, 33.0], [1.0, 1.0, 30.0, 62.0]])
+LORA = LoraConfig(
+    r=4,
+    target_modules=r".*\.attn\.qkv",
+    modules_to_save=["mask_decoder", "sam_mask_decoder"],
+    init_lora_weights=False,  # or the adapters would change nothing yet
+)
+
+# Passes over one image and over three take different kernels.
+assert_features_close = partial(assert_close, rtol=1e-4, atol=1e-5, check_stride=False)
+
+
+@pytest.fixture(scope="module")
+def built():
+    """Every model is built once; who changes one copies it."""
+    return {}
+
+
+@pytest.fixture(params=BUILDERS)
+def model(request, built):
+    if request.param not in built:
+        built[request.param] = BUILDERS[request.param]()
+    return built[request.param]
+
+
+def collect(model, images=IMAGES, boxes=BOXES, **options):
+    with FeatureCollector(model, **options) as collector:
+        segment(model, images, boxes)
+    return collector.pop()
+
+
+def count_hooks(model):
+    return sum(
+        len(value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if name.startswith("_forward") and "hooks" in name
+    )
+
+
+def sam_only(test):
+    return pytest.mark.parametrize("model", ["sam"], indirect=True)(test)
+
+
+# What is collected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "multimask_output"), [("single", False), ("all", False), ("all", True)]
+)
+@torch.no_grad()
+def test_tokens_are_those_that_become_masks(model, tokens, multimask_output):
+    decoder = model.sam_mask_decoder if hasattr(model, "sam_mask_decoder") else model.mask_decoder
+    last = decoder.activation if hasattr(decoder, "activation") else decoder.output_upscaling[-1]
+    upscaled = []
+    with last.register_forward_hook(lambda module, args, output: upscaled.append(output)):
+        with FeatureCollector(model, tokens=tokens) as collector:
+            logits = segment(model, IMAGES, BOXES, multimask_output=multimask_output)
+        mask_tokens = collector.pop().mask_tokens
+
+    assert mask_tokens.shape[:2] == (3, 1 if tokens == "single" else 4)
+    hypernetworks = zip(decoder.output_hypernetworks_mlps, mask_tokens.unbind(1), strict=False)
+    weights = torch.stack([mlp(token) for mlp, token in hypernetworks], dim=1)
+    masks = torch.einsum("bnc,bchw->bnhw", weights, upscaled[-1])
+    returned = masks[:, 1:] if multimask_output else masks[:, :1]
+    assert_close(returned, logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_image_embedding_is_the_encoder_output(model):
+    embedding = collect(model).image_embedding
+    if hasattr(model, "sam_mask_decoder"):
+        expected = model.image_encoder(IMAGES)["vision_features"]
+    else:
+        expected = encode(model, IMAGES)[-1]
+    assert torch.equal(embedding, expected)
+    assert embedding.shape[2:] == (SIZE // 16, SIZE // 16)
+
+
+@pytest.mark.parametrize("half", ["image_embedding", "mask_tokens"])
+def test_gradients_reach_the_encoder(model, half):
+    weight = next(p for name, p in model.named_parameters() if "patch_embed" in name and p.ndim > 1)
+    feature = getattr(collect(model), half)
+    (gradient,) = torch.autograd.grad((feature * torch.randn_like(feature)).sum(), weight)
+    assert gradient.norm() > 0
+
+
+@torch.no_grad()
+def test_outputs_are_unaltered(model):
+    expected = segment(model, IMAGES, BOXES)
+    with FeatureCollector(model):
+        assert torch.equal(segment(model, IMAGES, BOXES), expected)
+
+
+# How passes add up
+
+
+def one_by_one(model):
+    for i in range(3):
+        segment(model, IMAGES[i : i + 1], BOXES[i : i + 1])
+
+
+def in_two_batches(model):
+    segment(model, IMAGES[:2], BOXES[:2])
+    segment(model, IMAGES[2:], BOXES[2:])
+
+
+def encoder_once(model, order=(0, 1, 2)):
+    levels = encode(model, IMAGES)
+    for i in order:
+        decode(model, [level[i : i + 1] for level in levels], BOXES[i : i + 1])
+
+
+@pytest.mark.parametrize("passes", [one_by_one, in_two_batches, encoder_once])
+def test_passes_add_up_to_one_batch(model, passes):
+    with FeatureCollector(model) as collector:
+        passes(model)
+        first = collector.pop()
+        passes(model)
+        second = collector.pop()
+    for features in (first, second):
+        assert_features_close(features, collect(model))
+        assert all(feature.requires_grad for feature in features)
+
+
+@sam_only
+def test_image_embedding_follows_its_tokens(model):
+    order = [2, 0, 1]
+    with FeatureCollector(model) as collector:
+        encoder_once(model, order)
+    assert_features_close(collector.pop(), collect(model, IMAGES[order], BOXES[order]))
+
+
+@sam_only
+def test_forward_of_sam_is_collected(model):
+    samples = zip(IMAGES, BOXES, strict=True)
+    records = [{"image": x, "boxes": box[None], "original_size": x.shape[1:]} for x, box in samples]
+    with FeatureCollector(model) as collector:
+        model(records, multimask_output=False)
+    images = torch.stack([model.preprocess(image) for image in IMAGES])
+    with torch.no_grad():
+        assert_features_close(collector.pop(), collect(model, images))
+
+
+@sam_only
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_encoder_may_be_checkpointed(model, use_reentrant):
+    model = copy.deepcopy(model)  # takes gradients
+    images = IMAGES.clone().requires_grad_()  # without, a reentrant checkpoint has no gradient
+    with FeatureCollector(model) as collector:
+        for _ in range(2):  # the backward pass of the first runs the encoder again
+            embedding = checkpoint(model.image_encoder, images, use_reentrant=use_reentrant)
+            decode(model, [embedding], BOXES)
+            features = collector.pop()
+            features.image_embedding.square().sum().backward()
+    assert_features_close(features, collect(model))
+
+
+def test_several_prompts_an_image_are_refused(model):
+    with FeatureCollector(model) as collector:
+        segment(model, IMAGES, BOXES)
+        with pytest.raises(ValueError, match="one prompt an image, got 3 prompts for 1 image"):
+            several_prompts(model)
+        with pytest.raises(RuntimeError, match="No image embedding and no mask tokens"):
+            collector.pop()
+        segment(model, IMAGES, BOXES)
+        features = collector.pop()
+    assert_features_close(features, collect(model))
+
+
+@sam_only
+def test_decoding_a_batch_twice_is_refused(model):
+    with FeatureCollector(model) as collector:
+        levels = encode(model, IMAGES)
+        decode(model, levels, BOXES)
+        with pytest.raises(ValueError, match="got 3 prompts for 0 image embeddings"):
+            decode(model, levels, BOXES)
+        with pytest.raises(RuntimeError, match="No image embedding and no mask tokens"):
+            collector.pop()
+
+
+def several_prompts(model):
+    """Three boxes on one image."""
+    if hasattr(model, "vision_encoder"):
+        model(pixel_values=IMAGES[:1], input_boxes=BOXES[None])
+    else:
+        decode(model, encode(model, IMAGES[:1]), BOXES)
+
+
+# peft, and one image encoder for teacher and student
+
+
+def test_one_collector_serves_adapters_off_and_on(model):
+    """Whole model in peft: without adapters it is the teacher, with its own frozen decoder."""
+    student = get_peft_model(copy.deepcopy(model), LORA)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(1.1)  # as if trained
+
+    with FeatureCollector(student) as collector:
+        with torch.no_grad(), student.disable_adapter():
+            segment(student, IMAGES, BOXES)
+        of_teacher = collector.pop()
+        segment(student, IMAGES, BOXES)
+        of_student = collector.pop()
+    assert_features_close(of_teacher, collect(model))
+    for teacher_feature, student_feature in zip(of_teacher, of_student, strict=True):
+        assert not teacher_feature.requires_grad
+        assert student_feature.requires_grad
+        assert (teacher_feature - student_feature).abs().max() > 0.01
+
+
+@pytest.fixture
+def shared(model):
+    """The model as teacher and as student around one image encoder in peft, and that encoder."""
+    name = "vision_encoder" if hasattr(model, "vision_encoder") else "image_encoder"
+    teacher, student = copy.deepcopy(model), copy.deepcopy(model)
+    encoder = get_peft_model(getattr(student, name), LORA)
+    setattr(teacher, name, encoder)
+    setattr(student, name, encoder)
+    return teacher, student, encoder
+
+
+def one_after_the_other(teacher, student, encoder):
+    with torch.no_grad(), encoder.disable_adapter():
+        segment(teacher, IMAGES, BOXES)
+    segment(student, IMAGES, BOXES)
+
+
+def one_after_the_other_by_image(teacher, student, encoder):
+    with torch.no_grad(), encoder.disable_adapter():
+        encoder_once(teacher)
+    encoder_once(student)
+
+
+def interleaved(teacher, student, encoder):
+    with torch.no_grad(), encoder.disable_adapter():
+        teacher_levels = encode(teacher, IMAGES)
+    student_levels = encode(student, IMAGES)
+    for i in range(3):
+        with torch.no_grad():
+            decode(teacher, [level[i : i + 1] for level in teacher_levels], BOXES[i : i + 1])
+        decode(student, [level[i : i + 1] for level in student_levels], BOXES[i : i + 1])
+
+
+def assert_not_mixed_up(model, shared, passes):
+    teacher, student, encoder = shared
+    with FeatureCollector(teacher) as from_teacher, FeatureCollector(student) as from_student:
+        for _ in range(2):  # the second time, the teacher's collector has seen the student's pass
+            passes(teacher, student, encoder)
+            of_teacher, of_student = from_teacher.pop(), from_student.pop()
+
+    with torch.no_grad():
+        assert_features_close(of_teacher, collect(model))
+    assert_features_close(of_student, collect(student))
+    assert (of_teacher.image_embedding - of_student.image_embedding).abs().max() > 0.1
+    assert not any(feature.requires_grad for feature in of_teacher)
+    assert all(feature.requires_grad for feature in of_student)
+
+
+@pytest.mark.parametrize("passes", [one_after_the_other, one_after_the_other_by_image])
+def test_shared_encoder_one_after_the_other(model, shared, passes):
+    assert_not_mixed_up(model, shared, passes)
+
+
+@pytest.mark.parametrize("model", ["sam", "hf-sam", "hf-sam2"], indirect=True)
+def test_shared_encoder_interleaved(model, shared):
+    assert_not_mixed_up(model, shared, interleaved)
+
+
+# What pop gives
+
+
+@sam_only
+def test_missing_halves_are_named(model):
+    levels = encode(model, IMAGES)
+    expected = collect(model)
+    with FeatureCollector(model) as collector:
+        with pytest.raises(RuntimeError, match="No image embedding and no mask tokens collected"):
+            collector.pop()
+        encode(model, IMAGES)
+        with pytest.raises(RuntimeError, match=r"No mask tokens collected .* run the mask decoder"):
+            collector.pop()
+        decode(model, levels, BOXES)
+        assert_features_close(collector.pop(), expected)  # nothing was lost
+
+        with pytest.raises(RuntimeError, match="No mask tokens collected"):
+            collector.pop(levels[-1])
+        decode(model, levels, BOXES)
+        with pytest.raises(RuntimeError, match=r"No image embedding .* run the image encoder or"):
+            collector.pop()
+        assert_features_close(collector.pop(levels[-1]), expected)
+
+
+@torch.no_grad()
+def test_cached_image_embedding(model):
+    levels = encode(model, IMAGES)
+    with FeatureCollector(model) as collector:
+        decode(model, levels, BOXES)
+        with pytest.raises(ValueError, match=r"`image_embedding` must have one row .* got \(2, "):
+            collector.pop(levels[-1][:2])
+        with pytest.raises(TypeError, match="`image_embedding` must be"):
+            collector.pop(levels)
+        features = collector.pop(levels[-1])
+    assert features.image_embedding is levels[-1]
+    assert_features_close(features.mask_tokens, collect(model).mask_tokens)
+
+
+@pytest.mark.parametrize("pop_inside", [False, True])
+@pytest.mark.parametrize("passes", [one_by_one, partial(segment, images=IMAGES, boxes=BOXES)])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_teacher_without_graph_serves_the_loss(model, mode, passes, pop_inside):
+    with FeatureCollector(model) as collector:
+        with mode():
+            passes(model)
+            teacher = collector.pop() if pop_inside else None
+        teacher = teacher or collector.pop()
+    assert not any(feature.requires_grad or feature.is_inference() for feature in teacher)
+
+    distiller = InfoSAMDistiller(dim=teacher.mask_tokens.shape[-1])
+    distiller(teacher, collect(model)).backward(inputs=[*distiller.relation.parameters()])
+    assert all(p.grad.isfinite().all() for p in distiller.relation.parameters())
+    assert distiller.relation.query_proj.weight.grad.norm() > 0
+
+
+@torch.no_grad()
+def test_nothing_is_held_after_pop(model):
+    with FeatureCollector(model) as collector:
+        segment(model, IMAGES, BOXES)
+        references = [weakref.ref(feature) for feature in collector.pop()]
+        assert all(reference() is None for reference in references)
+
+
+# Hooks and models
+
+
+@pytest.mark.parametrize("tokens", ["single", "all"])
+def test_every_hook_is_removed(model, tokens):
+    before = count_hooks(model)
+    with FeatureCollector(model, tokens=tokens):
+        assert count_hooks(model) > before
+    assert count_hooks(model) == before
+
+    with pytest.raises(KeyboardInterrupt), FeatureCollector(model):
+        raise KeyboardInterrupt
+    assert count_hooks(model) == before
+
+
+@sam_only
+def test_collector_works_without_with(model):
+    before = count_hooks(model)
+    collector = FeatureCollector(model)
+    segment(model, IMAGES, BOXES)
+    collector.close()
+    assert count_hooks(model) == before
+    segment(model, IMAGES[:1], BOXES[:1])  # not collected any more
+    assert_features_close(collector.pop(), collect(model))
+
+
+def test_model_is_found_inside_another(model):
+    with FeatureCollector(nn.Sequential(nn.Identity(), model)) as collector:
+        segment(model, IMAGES, BOXES)
+    assert_features_close(collector.pop(), collect(model))
+
+
+@pytest.mark.parametrize("not_a_sam", [nn.Linear(2, 2), tiny_sam().mask_decoder, "sam", None])
+def test_anything_but_a_sam_is_refused(not_a_sam):
+    with pytest.raises(
+        TypeError, match=f"must be or contain a SAM, got {type(not_a_sam).__name__}"
+    ) as error:
+        FeatureCollector(not_a_sam)
+    for family in ("Sam ", "SAM2Base", "SamModel", "Sam2Model"):
+        assert family in str(error.value)
+
+
+@sam_only
+def test_unknown_tokens_are_refused(model):
+    before = count_hooks(model)
+    with pytest.raises(ValueError, match="`tokens` must be one of 'single', 'all', got 'multi'"):
+        FeatureCollector(model, tokens="multi")
+    assert count_hooks(model) == before
