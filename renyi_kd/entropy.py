@@ -39,11 +39,11 @@ def renyi_entropy(gram: Tensor, alpha: float = 2.0, *, method: Method | None = N
             serve `alpha`.
 
     Note:
-        Positive semi-definiteness is not checked. A non-finite matrix has a NaN entropy and passes
-        back NaN; a zero matrix has entropy 0. At orders up to 1 the gradient on a singular matrix
-        is unbounded; it is taken on the range of the matrix, that is, on eigenvalues above
-        `n * eps` times the largest. `"eigvalsh"` makes a CUDA device wait for the host; the other
-        methods do not.
+        Positive semi-definiteness is not checked. A non-finite matrix has a non-finite entropy and
+        gradient; a zero matrix has entropy 0. Eigenvalues up to `n * eps` times the largest count
+        as zero in the gradient, and at orders below 1 in the value. At orders up to 1 the gradient
+        on a singular matrix is unbounded, and that on the range of the matrix is taken.
+        `"eigvalsh"` makes a CUDA device wait for the host; the other methods do not.
 
     References:
         L. G. Sánchez Giraldo, M. Rao, J. C. Príncipe, Measures of entropy from data using

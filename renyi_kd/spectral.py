@@ -95,24 +95,30 @@ def _entropy_from_eigenvalues(matrix: Tensor, alpha: float, epsilon: float) -> T
     poison = matrix.sum(dim=(-2, -1)) * torch.where(finite, 0.0, math.nan).to(matrix)
     stand_in = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     decomposable = torch.where(finite[..., None, None], matrix, stand_in)
-    eigenvalues: Tensor = torch.linalg.eigvalsh(decomposable).clamp(min=0)
+    eigenvalues: Tensor = torch.linalg.eigvalsh(decomposable)
     if alpha == math.inf:
         return poison - eigenvalues[..., -1].log2()
 
-    p = eigenvalues / eigenvalues.sum(dim=-1, keepdim=True)
+    p = eigenvalues.clamp(min=0)
+    in_range = p > matrix.shape[-1] * epsilon * p[..., -1:]
     if alpha <= 1:
-        # Off the range of the matrix the derivative is unbounded. Below order 1 so is the effect of
-        # rounding on the value; at order 1 small eigenvalues are true and stay.
-        in_range = p > matrix.shape[-1] * epsilon * p[..., -1:]
-        p = torch.where(in_range, p, p.detach() if alpha == 1 else 0.0)
+        # Off the range the derivative is unbounded. Normalising the trace of the range alone, which
+        # is one already, leaves the gradient of the entropy on the range.
+        trace = torch.where(in_range, p, 0.0).sum(dim=-1, keepdim=True)
+        p = p * (trace.detach() / trace)
+    # Below order 1 the rounding errors of zero eigenvalues would count; from order 1 on they do
+    # not, but small true eigenvalues do.
+    p = torch.where(in_range, p, p.detach() if alpha >= 1 else 0.0)
     if alpha == 1:
         nats: Tensor = torch.special.entr(p).sum(dim=-1)
         return poison + nats / math.log(2)
 
     log_p = torch.where(p > 0, p, 1.0).log()
     if abs(alpha - 1) < 0.5:
-        # sum p^alpha - 1 without the subtraction, which would leave no digits as alpha nears 1.
-        log_trace = (p * ((alpha - 1) * log_p).expm1()).sum(dim=-1).log1p()
+        # sum p^alpha = sum p + sum p (p^(alpha - 1) - 1) keeps its digits as alpha nears 1. The
+        # first sum is one; only its derivative is left to add.
+        excess = p * ((alpha - 1) * log_p).expm1() + (p - p.detach())
+        log_trace = excess.sum(dim=-1).log1p()
     else:
         log_trace = torch.where(p > 0, alpha * log_p, -math.inf).logsumexp(dim=-1)
     return poison + log_trace / ((1 - alpha) * math.log(2))

@@ -25,8 +25,8 @@ from transformers import (
 SIZE = 64  # pixels; the image embeddings are SIZE / 16 wide
 
 
-def tiny_sam() -> Sam:
-    """`Sam` of segment_anything."""
+def tiny_sam(dim: int = 32) -> Sam:
+    """`Sam` of segment_anything, `dim` channels."""
     torch.manual_seed(0)
     grid = SIZE // 16
     return Sam(
@@ -36,21 +36,21 @@ def tiny_sam() -> Sam:
             embed_dim=32,
             depth=2,
             num_heads=2,
-            out_chans=32,
+            out_chans=dim,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             use_rel_pos=True,
             window_size=3,
             global_attn_indexes=(1,),
         ),
         prompt_encoder=PromptEncoder(
-            embed_dim=32,
+            embed_dim=dim,
             image_embedding_size=(grid, grid),
             input_image_size=(SIZE, SIZE),
             mask_in_chans=4,
         ),
         mask_decoder=MaskDecoder(
-            transformer_dim=32,
-            transformer=TwoWayTransformer(depth=2, embedding_dim=32, mlp_dim=64, num_heads=4),
+            transformer_dim=dim,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=dim, mlp_dim=64, num_heads=4),
             iou_head_hidden_dim=32,
         ),
     ).eval()
