@@ -5,6 +5,8 @@ forward or backward; results have the promoted dtype of the arguments, at least 
 """
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -212,8 +214,8 @@ def _joint_entropy(grams: Sequence[Tensor], alpha: float, method: Method | None)
     check_alpha(alpha)
     method = choose_method(alpha, method)
     joint = _trace_one(grams[0])
-    for gram in grams[1:]:
-        joint = _trace_one(joint * _trace_one(gram))
+    if len(grams) > 1:
+        joint = _trace_one(reduce(mul, map(_trace_one, grams[1:]), joint))
     epsilon = torch.finfo(compute_dtype(*grams)).eps
     return spectral_entropy(joint, alpha, method, epsilon=epsilon)
 

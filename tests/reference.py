@@ -93,7 +93,7 @@ def renyi_total_correlation(*grams, alpha=2.0):  # Yu et al. 2019
 
 
 def renyi_entropy_gradient(gram, alpha):
-    """The derivative of S_alpha(K / tr K) in K, on the range of K where alpha <= 1.
+    """The derivative of S_alpha(K / tr K) in K; at alpha <= 1 on the range of K, zero beyond it.
 
     The chain alpha A^(alpha-1) / ((1-alpha) ln 2 tr A^alpha), less its part along the trace, is
     alpha (p^(alpha-1) / tr A^alpha - 1) / ((1-alpha) ln 2) on an eigenvector of eigenvalue p.

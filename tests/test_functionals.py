@@ -192,7 +192,7 @@ def test_zero_matrix_counts_as_a_constant_variable(functional, alpha, method):
 @over_functionals
 @over_routes
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_non_finite_input_gives_nan_alone(functional, alpha, method, poison):
+def test_non_finite_input_spoils_only_its_own_matrix(functional, alpha, method, poison):
     batch = torch.stack([torch.eye(3), torch.eye(3)]).double()
     batch[0, 0, 1] = poison
     batch.requires_grad_()
@@ -277,7 +277,7 @@ DEGENERATE = {
 @over_routes
 @pytest.mark.parametrize("gram", DEGENERATE.values(), ids=DEGENERATE)
 def test_entropy_gradient_on_degenerate_spectra(gram, alpha, method):
-    """Equal to the closed form; at alpha <= 1 on the range, where it exists."""
+    """Equal to the closed form; at alpha <= 1 that of the range, zero beyond it."""
     argument = torch.tensor(gram, requires_grad=True)
     value = renyi_kd.renyi_entropy(argument, alpha, method=method)
     (gradient,) = torch.autograd.grad(value, argument)
@@ -290,9 +290,6 @@ def test_entropy_gradient_on_degenerate_spectra(gram, alpha, method):
         assert np.linalg.eigvalsh(state)[0] > -1e-9
         np.testing.assert_allclose(gram @ state, top * state, atol=1e-9)
         return
-    if alpha <= 1:
-        on_range = gram @ np.linalg.pinv(gram)
-        gradient = on_range @ gradient @ on_range
     np.testing.assert_allclose(
         gradient, reference.renyi_entropy_gradient(gram, alpha), rtol=1e-9, atol=1e-9
     )
@@ -305,12 +302,8 @@ def test_entropy_gradient_on_distinct_spectra(family, alpha, method):
     argument = torch.tensor(gram, requires_grad=True)
     value = renyi_kd.renyi_entropy(argument, alpha, method=method)
     (gradient,) = torch.autograd.grad(value, argument)
-    gradient = gradient.numpy()
-    if alpha <= 1:
-        on_range = gram @ np.linalg.pinv(gram, rcond=1e-12)
-        gradient = on_range @ gradient @ on_range
     expected = reference.renyi_entropy_gradient(gram, alpha)
-    assert np.abs(gradient - expected).max() < 1e-9 * np.abs(expected).max()
+    assert np.abs(gradient.numpy() - expected).max() < 1e-9 * np.abs(expected).max()
 
 
 @over_functionals
@@ -331,9 +324,8 @@ def test_mutual_information_gradient_on_degenerate_spectra(alpha, method):
     value = renyi_kd.renyi_mutual_information(argument, torch.tensor(b), alpha, method=method)
     (gradient,) = torch.autograd.grad(value, argument)
     joint = reference.renyi_entropy_gradient(a * b, alpha) * b
-    on_range = a @ np.linalg.pinv(a) if alpha <= 1 else np.eye(6)
-    expected = on_range @ (reference.renyi_entropy_gradient(a, alpha) - joint) @ on_range
-    np.testing.assert_allclose(on_range @ gradient.numpy() @ on_range, expected, atol=1e-9)
+    expected = reference.renyi_entropy_gradient(a, alpha) - joint
+    np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
 # Digits near zero

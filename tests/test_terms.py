@@ -109,21 +109,35 @@ LAYOUTS = {
 }
 
 
+over_layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+
+
 @over_residuals
-@pytest.mark.parametrize("of_teacher", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("of_student", LAYOUTS.values(), ids=LAYOUTS)
-def test_layouts(residual, of_teacher, of_student):
-    teacher, student = features(1), features(2, STUDENT_GRID)
+@over_layouts
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_relation(residual, layout, tokens):
+    """Entry by entry: the terms alone do not see the order of the pixels."""
+    image, mask = features(1, tokens=tokens)
     distiller = make_distiller(residual)
-    expected = expected_terms(teacher, student, parameters_of(distiller), residual)
-    laid_out = [
-        tensors([layout(image, grid), tokens[:, 0]])  # single tokens as (B, D)
-        for layout, grid, (image, tokens) in [
-            (of_teacher, TEACHER_GRID, teacher),
-            (of_student, STUDENT_GRID, student),
-        ]
-    ]
-    assert_terms(distiller.terms(*laid_out), expected)
+    attention = reference.attention_relation(image, mask, parameters_of(distiller), residual)
+    dot_product = reference.dot_product_relation(image, mask)
+    laid_out = tensors([layout(image, TEACHER_GRID), mask])
+    for relation, expected in [
+        (distiller.relation, attention),
+        (DotProductRelation(), dot_product),
+    ]:
+        value = relation(*laid_out).detach().numpy()
+        np.testing.assert_allclose(value, expected, rtol=0, atol=1e-12)
+
+
+@over_layouts
+def test_layouts(layout):
+    """Teacher and student each in a layout of their own; a single token as (B, D)."""
+    teacher, student = features(1), features(2)
+    distiller = make_distiller()
+    expected = expected_terms(teacher, student, parameters_of(distiller), "raw")
+    laid_out = tensors([layout(student[0], TEACHER_GRID), student[1][:, 0]])
+    assert_terms(distiller.terms(tensors(teacher), laid_out), expected)
 
 
 @over_residuals
