@@ -13,7 +13,7 @@ QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.py"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[str, Path]:
     picture = tmp_path_factory.mktemp("quickstart") / "picture.png"
-    options = ["--steps", "3", "--samples", "8", "--output", str(picture)]
+    options = ["--steps", "3", "--samples", "8", "--threads", "1", "--output", str(picture)]
     process = subprocess.run(
         [sys.executable, str(QUICKSTART), *options], check=False, capture_output=True, text=True
     )
