@@ -1,6 +1,9 @@
 """Argument checks. They read shapes, dtypes and devices, never values: no check waits for a GPU."""
 
+from collections.abc import Iterable
 from functools import reduce
+from itertools import zip_longest
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -28,19 +31,30 @@ def check_gram(name: str, gram: object) -> None:
         )
 
 
-def check_real(name: str, value: object, *, minimum: float, exclusive: bool = False) -> None:
-    """Raise unless `value` is a real number, not NaN, and at least (or above) `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def check_real(name: str, value: object, *, minimum: float, exclusive: bool = False) -> float:
+    """`value` as a float, unless it is no real number, NaN, or below (or at) `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a real number, got {type(value).__name__}.")
+    number = float(value)
     # Written so that NaN fails, and that torch.compile can trace it: it knows no math.isnan.
-    if not (value > minimum if exclusive else value >= minimum):
+    if not (number > minimum if exclusive else number >= minimum):
         relation = ">" if exclusive else ">="
-        raise ValueError(f"`{name}` must be a number {relation} {minimum:g}, got {value}.")
+        raise ValueError(f"`{name}` must be a number {relation} {minimum:g}, got {number:g}.")
+    return number
 
 
-def check_alpha(alpha: object) -> None:
-    """Raise unless `alpha` is a Rényi order: a number > 0, or infinity."""
-    check_real("alpha", alpha, minimum=0, exclusive=True)
+def check_integer(name: str, value: object, *, minimum: int) -> int:
+    """`value` as an int, unless it is no integer or below `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+    if value < minimum:
+        raise ValueError(f"`{name}` must be an integer >= {minimum}, got {value}.")
+    return int(value)
+
+
+def check_alpha(alpha: object) -> float:
+    """`alpha` as a float, unless it is no Rényi order: a number > 0, or infinity."""
+    return check_real("alpha", alpha, minimum=0, exclusive=True)
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -54,6 +68,14 @@ def check_same_device(**tensors: Tensor) -> None:
     if len({tensor.device for tensor in tensors.values()}) > 1:
         found = ", ".join(f"`{name}` on {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(f"All tensors must be on one device, got {found}. Move them with `.to()`.")
+
+
+def check_batch_dimensions(tensors: Iterable[Tensor]) -> None:
+    """Raise `ValueError` unless all dimensions but the last two broadcast."""
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    for sizes in zip_longest(*(reversed(shape[:-2]) for shape in shapes), fillvalue=1):
+        if len({size for size in sizes if size != 1}) > 1:
+            raise ValueError(f"Leading batch dimensions must broadcast, got shapes {shapes}.")
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

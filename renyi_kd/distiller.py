@@ -9,6 +9,7 @@ from torch.func import functional_call
 from renyi_kd._checks import (
     check_alpha,
     check_floating,
+    check_integer,
     check_real,
     check_same_device,
     compute_dtype,
@@ -16,13 +17,19 @@ from renyi_kd._checks import (
 from renyi_kd.entropy import renyi_entropy
 from renyi_kd.features import Features
 from renyi_kd.gram import linear_kernel, normalize_gram
-from renyi_kd.relation import RelationModule, check_dim, flatten_features
+from renyi_kd.relation import RelationModule, flatten_features
 
 
 class InfoSAMTerms(NamedTuple):
     """The loss, its terms, and what to watch; all scalars, information in bits.
 
     The first three carry gradients, the others are detached.
+
+    Example:
+        >>> relation, embedding, tokens = torch.eye(4), torch.ones(4, 9), torch.ones(4, 3)
+        >>> terms = infosam_terms(relation, relation, embedding, tokens)
+        >>> f"{terms.loss:.1f} = {terms.compression:.1f} + 0.5 * {terms.distillation:.1f}"
+        '-1.0 = 0.0 + 0.5 * -2.0'
     """
 
     loss: Tensor
@@ -69,8 +76,8 @@ def infosam_terms(
     Args:
         teacher_relation: :math:`r^T`, shape `(B, ...)`.
         student_relation: :math:`r^S`, shape `(B, ...)`.
-        image_embedding: :math:`z_i^T` of the teacher, shape `(B, ...)`.
-        mask_tokens: :math:`z_m^T` of the teacher, shape `(B, ...)`.
+        image_embedding: :math:`z_i^T` of the teacher, detached, shape `(B, ...)`.
+        mask_tokens: :math:`z_m^T` of the teacher, detached, shape `(B, ...)`.
         alpha: Rényi order > 0, `math.inf` included.
         compression_weight: :math:`\lambda_1` >= 0.
         distillation_weight: :math:`\lambda_2` >= 0.
@@ -100,9 +107,9 @@ def infosam_terms(
         "mask_tokens": mask_tokens,
     }
     _check_samples(samples)
+    compression_weight = check_real("compression_weight", compression_weight, minimum=0)
+    distillation_weight = check_real("distillation_weight", distillation_weight, minimum=0)
     check_alpha(alpha)
-    check_real("compression_weight", compression_weight, minimum=0)
-    check_real("distillation_weight", distillation_weight, minimum=0)
 
     gram_t, gram_s, gram_i, gram_m = map(_sample_gram, samples.values())
     distilled_gram_t = gram_t if distillation_trains_relation else gram_t.detach()
@@ -184,16 +191,12 @@ class InfoSAMDistiller(nn.Module):
         distillation_trains_relation: bool = True,
     ) -> None:
         super().__init__()
-        check_dim(dim)
-        check_alpha(alpha)
-        check_real("compression_weight", compression_weight, minimum=0)
-        check_real("distillation_weight", distillation_weight, minimum=0)
+        self.dim = check_integer("dim", dim, minimum=1)
+        self.alpha = check_alpha(alpha)
+        self.compression_weight = check_real("compression_weight", compression_weight, minimum=0)
+        self.distillation_weight = check_real("distillation_weight", distillation_weight, minimum=0)
         if relation is not None and not isinstance(relation, nn.Module):
             raise TypeError(f"`relation` must be a torch.nn.Module, got {type(relation).__name__}.")
-        self.dim = dim
-        self.alpha = alpha
-        self.compression_weight = compression_weight
-        self.distillation_weight = distillation_weight
         self.relation = RelationModule(dim) if relation is None else relation
         self.distillation_trains_relation = distillation_trains_relation
 

@@ -11,7 +11,7 @@ from operator import mul
 import torch
 from torch import Tensor
 
-from renyi_kd._checks import check_alpha, check_gram, compute_dtype
+from renyi_kd._checks import check_alpha, check_batch_dimensions, check_gram, compute_dtype
 from renyi_kd.spectral import Method, choose_method, spectral_entropy
 
 
@@ -42,10 +42,11 @@ def renyi_entropy(gram: Tensor, alpha: float = 2.0, *, method: Method | None = N
 
     Note:
         Positive semi-definiteness is not checked. A non-finite matrix has a non-finite entropy and
-        gradient; a zero matrix has entropy 0. Eigenvalues up to `n * eps` times the largest count
-        as zero in the gradient, and at orders below 1 in the value. At orders up to 1 the gradient
-        on a singular matrix is unbounded, and that on the range of the matrix is taken.
-        `"eigvalsh"` makes a CUDA device wait for the host; the other methods do not.
+        gradient; a zero matrix has entropy 0. At orders up to 1 the gradient on a singular matrix
+        is unbounded, and that on the range of the matrix is taken; at orders below 1 eigenvalues
+        up to `n * eps` times the largest count as zero. `"eigvalsh"` makes a CUDA device wait for
+        the host and has no second derivative on repeated eigenvalues; the other methods do not
+        wait and have one.
 
     References:
         L. G. Sánchez Giraldo, M. Rao, J. C. Príncipe, Measures of entropy from data using
@@ -148,8 +149,8 @@ def renyi_mutual_information(
         >>> renyi_mutual_information(labels, labels)
         tensor(1.)
     """
-    group_x = [gram_x] if isinstance(gram_x, Tensor) else list(gram_x)
-    group_y = [gram_y] if isinstance(gram_y, Tensor) else list(gram_y)
+    group_x = list(gram_x) if isinstance(gram_x, Sequence) else [gram_x]
+    group_y = list(gram_y) if isinstance(gram_y, Sequence) else [gram_y]
     dtype = _check_grams(gram_x=group_x, gram_y=group_y)
     marginals = _joint_entropy(group_x, alpha, method) + _joint_entropy(group_y, alpha, method)
     return (marginals - _joint_entropy(group_x + group_y, alpha, method)).to(dtype)
@@ -206,12 +207,13 @@ def _check_grams(**groups: Sequence[Tensor]) -> torch.dtype:
             f"All Gram matrices of {names} must be on one device, "
             f"got {[str(gram.device) for gram in grams]}."
         )
+    check_batch_dimensions(grams)
     return compute_dtype(*grams)
 
 
 def _joint_entropy(grams: Sequence[Tensor], alpha: float, method: Method | None) -> Tensor:
     """Joint entropy in bits, in float64: differences of entropies need all its digits."""
-    check_alpha(alpha)
+    alpha = check_alpha(alpha)
     method = choose_method(alpha, method)
     joint = _trace_one(grams[0])
     if len(grams) > 1:
@@ -224,6 +226,6 @@ def _trace_one(gram: Tensor) -> Tensor:
     """Symmetrised, of trace one, float64. A zero matrix becomes the limit of adding a constant."""
     gram = gram.double()
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
-    zero = trace == 0
+    zero = (gram == 0).all(dim=-1).all(dim=-1)[..., None, None]
     symmetric = (gram + gram.mT) / (2 * torch.where(zero, 1.0, trace))
     return torch.where(zero, 1 / gram.shape[-1], symmetric)

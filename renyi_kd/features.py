@@ -13,7 +13,13 @@ Tokens: TypeAlias = Literal["single", "all"]
 
 
 class Features(NamedTuple):
-    """What distillation compares, one row a sample; a sample is one image with one prompt."""
+    """What distillation compares, one row a sample; a sample is one image with one prompt.
+
+    Example:
+        >>> embedding, tokens = Features(torch.zeros(4, 256, 64, 64), torch.zeros(4, 1, 256))
+        >>> embedding.shape
+        torch.Size([4, 256, 64, 64])
+    """
 
     image_embedding: Tensor
     """z_i, the output of the image encoder, shape `(B, D, H, W)`."""
@@ -30,10 +36,12 @@ class FeatureCollector:
 
     Passes add up until `pop`: over single images, over batches, or the encoder over a batch and the
     decoder image by image. Each pass of the decoder is matched with the image embedding it was
-    given if that is (a view of) an output of the image encoder, and else with the next rows of the
-    encoder's latest output. Teacher and student may thus share one image encoder, say one with LoRA
-    adapters that are switched off for the teacher. If the decoder is given anything else (sam2 adds
-    a constant to the embedding), then run encoder and decoder of the one before those of the other.
+    given if that is (a view of) an output of the image encoder. Teacher and student may thus share
+    one image encoder, say one with LoRA adapters that are switched off for the teacher.
+
+    If the decoder is given anything else (sam2 adds a constant to the embedding, a cast or a copy
+    is another tensor), it is matched with the next rows of the encoder's latest output. Then decode
+    what the encoder gave, in order, before the encoder runs again, for a teacher or a student.
 
     Args:
         model: the SAM. Copy it, or wrap it by peft, before collecting: copies include the hooks.
@@ -111,14 +119,14 @@ class FeatureCollector:
             `Features` of shapes `(B, D, H, W)` and `(B, N, D)`, never inference tensors.
 
         Raises:
-            RuntimeError: image embedding or mask tokens are missing; the rest stays collected.
+            RuntimeError: image embedding or mask tokens are missing; the rest stays collected, but
+                for a mixture of decoder passes with and without an image embedding.
             TypeError: `image_embedding` is not a floating-point tensor.
             ValueError: `image_embedding` has not one row for each sample; all stays collected.
         """
-        samples = sum(map(len, self._tokens))
-        embedded = len(self._embeddings) == len(self._tokens) and bool(self._encoded or samples)
+        samples, passes = sum(map(len, self._tokens)), len(self._tokens)
         missing = {}
-        if image_embedding is None and not embedded:
+        if image_embedding is None and not self._encoded and not self._embeddings:
             missing["image embedding"] = "run the image encoder or pass image_embedding=... to pop"
         if not self._tokens:
             missing["mask tokens"] = "run the mask decoder"
@@ -126,6 +134,14 @@ class FeatureCollector:
             raise RuntimeError(
                 f"No {' and no '.join(missing)} collected since the last pop: "
                 f"{' and '.join(missing.values())}."
+            )
+        if image_embedding is None and len(self._embeddings) < passes:
+            without = passes - len(self._embeddings)
+            self._empty()
+            raise RuntimeError(
+                f"{without} of {passes} passes of the mask decoder had no image embedding; the "
+                f"collector is now empty. Run the image encoder before the decoder, or pass "
+                f"image_embedding=... to pop."
             )
         embeddings = self._embeddings
         if image_embedding is not None:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from renyi_kd._checks import (
+    check_batch_dimensions,
     check_floating,
     check_gram,
+    check_integer,
     check_real,
     check_same_device,
     compute_dtype,
@@ -64,10 +66,8 @@ def polynomial_kernel(
                 [ 9., 25.]])
     """
     dtype = _check_samples(x, y)
-    if not isinstance(degree, int):
-        raise TypeError(f"`degree` must be an integer, got {degree!r}.")
-    check_real("degree", degree, minimum=1)
-    check_real("offset", offset, minimum=0)
+    degree = check_integer("degree", degree, minimum=1)
+    offset = check_real("offset", offset, minimum=0)
     return ((_inner_products(x, y) + offset) ** degree).to(dtype)
 
 
@@ -154,10 +154,11 @@ def normalize_gram(gram: Tensor) -> Tensor:
     diagonal = kernel.diagonal(dim1=-2, dim2=-1)
     zero = diagonal == 0
     scale = torch.where(zero, 1.0, diagonal).rsqrt()
-    # Def. 1 with 1 for a pair of zero samples and 0 for a pair of which one is zero.
+    # Def. 1 with 1 for a pair of zero samples and 0 for a pair of which one is zero. The kernel is
+    # zero there, but for a NaN, which has to stay one.
     cosine = torch.where(
         zero.unsqueeze(-1) | zero.unsqueeze(-2),
-        (zero.unsqueeze(-1) & zero.unsqueeze(-2)).double(),
+        kernel.detach() + (zero.unsqueeze(-1) & zero.unsqueeze(-2)),
         kernel * scale.unsqueeze(-1) * scale.unsqueeze(-2),
     )
     return (cosine / gram.shape[-1]).to(compute_dtype(gram))
@@ -166,7 +167,7 @@ def normalize_gram(gram: Tensor) -> Tensor:
 def _check_samples(x: Tensor, y: Tensor | None) -> torch.dtype:
     for name, samples in (("x", x),) if y is None else (("x", x), ("y", y)):
         check_floating(name, samples)
-        if samples.ndim < 2 or 0 in samples.shape:
+        if samples.ndim < 2 or 0 in samples.shape[-2:]:
             raise ValueError(
                 f"`{name}` must have shape (..., n, d), one sample a row, "
                 f"got {tuple(samples.shape)}. Flatten each sample first."
@@ -179,6 +180,7 @@ def _check_samples(x: Tensor, y: Tensor | None) -> torch.dtype:
             f"`y` must have samples of the dimension of `x`, {x.shape[-1]}, "
             f"got shape {tuple(y.shape)}."
         )
+    check_batch_dimensions((x, y))
     return compute_dtype(x, y)
 
 
@@ -196,8 +198,7 @@ def _distances(
     x = x.double()
     distances = distance(x, x if y is None else y.double())
     if bandwidth is not None:
-        check_real("bandwidth", bandwidth, minimum=0, exclusive=True)
-        return distances, bandwidth
+        return distances, check_real("bandwidth", bandwidth, minimum=0, exclusive=True)
     among_x = distances if y is None else distance(x, x)
     return distances, _median_over_pairs(among_x.detach())
 

@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from renyi_kd._checks import check_choice, check_floating, check_same_device, compute_dtype
+from renyi_kd._checks import (
+    check_choice,
+    check_floating,
+    check_integer,
+    check_same_device,
+    compute_dtype,
+)
 
 Residual: TypeAlias = Literal["raw", "normalized"]
 
@@ -52,7 +58,7 @@ class RelationModule(nn.Module):
 
     def __init__(self, dim: int = 256, *, residual: Residual = "raw") -> None:
         super().__init__()
-        check_dim(dim)
+        dim = check_integer("dim", dim, minimum=1)
         check_choice("residual", residual, get_args(Residual))
         self.dim = dim
         self.residual = residual
@@ -99,15 +105,10 @@ class DotProductRelation(nn.Module):
     def forward(self, image_embedding: Tensor, mask_tokens: Tensor) -> Tensor:
         """Relation of each sample, shape `(B, N, P)`, of unit length a sample."""
         check_floating("mask_tokens", mask_tokens)
-        features = flatten_features(image_embedding, mask_tokens, mask_tokens.shape[-1])
+        dim = mask_tokens.shape[-1] if mask_tokens.ndim else 0
+        features = flatten_features(image_embedding, mask_tokens, dim)
         pixels, tokens = (feature.double() for feature in features)
         return _unit_length(tokens @ pixels.mT).to(compute_dtype(*features))
-
-
-def check_dim(dim: object) -> None:
-    """Raise `ValueError` unless `dim` is a number of channels."""
-    if not isinstance(dim, int) or dim < 1:
-        raise ValueError(f"`dim` must be a positive integer, the number of channels, got {dim!r}.")
 
 
 def flatten_features(
@@ -143,6 +144,11 @@ def flatten_features(
         raise ValueError(
             f"`{owner}mask_tokens` must have shape (B, N, D) or (B, D) with D = {dim}, "
             f"got {tuple(mask_tokens.shape)}."
+        )
+    if 0 in pixels.shape[1:] or 0 in tokens.shape[1:]:
+        raise ValueError(
+            f"`{owner}image_embedding` and `{owner}mask_tokens` must not be empty, "
+            f"got {tuple(image_embedding.shape)} and {tuple(mask_tokens.shape)}."
         )
     if pixels.shape[0] != tokens.shape[0]:
         raise ValueError(

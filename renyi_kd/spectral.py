@@ -66,8 +66,8 @@ def spectral_entropy(matrix: Tensor, alpha: float, method: Method, *, epsilon: f
         matrix: symmetric positive semi-definite, of trace one, float64, shape `(..., n, n)`.
         alpha: order > 0, 1 and infinity included.
         method: the route, from `choose_method`.
-        epsilon: relative rounding error of the entries of `matrix`. Eigenvalues up to
-            `n * epsilon` times the largest lie outside its numerical range.
+        epsilon: relative rounding error of the entries of `matrix`: below order 1, eigenvalues up
+            to `n * epsilon` times the largest count as zero.
 
     Returns:
         Entropy in bits, float64, shape `(...)`.
@@ -100,14 +100,17 @@ def _entropy_from_eigenvalues(matrix: Tensor, alpha: float, epsilon: float) -> T
         return poison - eigenvalues[..., -1].log2()
 
     p = eigenvalues.clamp(min=0)
+    # Below order 1 the rounding errors of zero eigenvalues would count. From order 1 on they do
+    # not, but small true eigenvalues do: only the solver's own rounding is off the range then, and
+    # in the gradient alone.
+    if alpha >= 1:
+        epsilon = torch.finfo(matrix.dtype).eps
     in_range = p > matrix.shape[-1] * epsilon * p[..., -1:]
     if alpha <= 1:
         # Off the range the derivative is unbounded. Normalising the trace of the range alone, which
         # is one already, leaves the gradient of the entropy on the range.
         trace = torch.where(in_range, p, 0.0).sum(dim=-1, keepdim=True)
         p = p * (trace.detach() / trace)
-    # Below order 1 the rounding errors of zero eigenvalues would count; from order 1 on they do
-    # not, but small true eigenvalues do.
     p = torch.where(in_range, p, p.detach() if alpha >= 1 else 0.0)
     if alpha == 1:
         nats: Tensor = torch.special.entr(p).sum(dim=-1)

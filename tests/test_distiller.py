@@ -186,15 +186,24 @@ def test_loss_matches_float64(dtype: torch.dtype, alpha: float, autocast: bool) 
 
 
 @pytest.mark.parametrize("alpha", [1.01, 2, 3])
-def test_float32_gradients_match_float64(alpha: float) -> None:
+@pytest.mark.parametrize(("spread", "tolerance"), [(1.0, 1e-6), (1e-3, 1e-4)])
+def test_float32_gradients_match_float64(alpha: float, spread: float, tolerance: float) -> None:
     def gradients(dtype: torch.dtype) -> list[Tensor]:
         distiller = make_distiller(alpha=alpha).to(dtype)
-        student = trainable(tuple(x.to(dtype) for x in features(2)))
-        loss = distiller(tuple(x.to(dtype) for x in features(1)), student)
+        student = trainable(tuple(x.to(dtype) for x in features(2, spread=spread)))
+        loss = distiller(tuple(x.to(dtype) for x in features(1, spread=spread)), student)
         return list(torch.autograd.grad(loss, [*student, *distiller.parameters()]))
 
     for value, reference in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
-        assert relative_error(value.double(), reference) < 1e-6
+        assert relative_error(value.double(), reference) < tolerance
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1e10])
+def test_scale_of_the_features_does_not_matter(scale: float) -> None:
+    distiller = make_distiller(relation=DotProductRelation())
+    teacher, student = features(1), features(2)
+    scaled = (tuple(scale * x for x in pair) for pair in (teacher, student))
+    torch.testing.assert_close(distiller.terms(*scaled), distiller.terms(teacher, student))
 
 
 def test_backward_is_exact_under_reduced_matmul_precision_and_autocast() -> None:

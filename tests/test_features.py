@@ -315,6 +315,18 @@ def test_missing_halves_are_named(model):
         assert_features_close(collector.pop(levels[-1]), expected)
 
 
+@sam_only
+def test_a_stray_decoder_pass_does_not_stick(model):
+    levels = encode(model, IMAGES)
+    with FeatureCollector(model) as collector:
+        decode(model, levels, BOXES)
+        segment(model, IMAGES, BOXES)
+        with pytest.raises(RuntimeError, match="1 of 2 passes .* had no image embedding"):
+            collector.pop()
+        segment(model, IMAGES, BOXES)
+        assert_features_close(collector.pop(), collect(model))
+
+
 @torch.no_grad()
 def test_cached_image_embedding(model):
     levels = encode(model, IMAGES)

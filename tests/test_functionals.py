@@ -23,9 +23,8 @@ ALPHAS = [0.3, 0.5, 0.99, 1, 1.00001, 1.01, 1.5, 2, 3, 3.5, 5, 10, math.inf]
 
 
 def routes(alpha):
-    """The order without a method, and with each that serves it."""
-    methods = [None, "eigvalsh"]
-    methods += ["power"] * (alpha in range(2, 33)) + ["frobenius"] * (alpha == 2)
+    """The order with each method that serves it."""
+    methods = ["frobenius"] * (alpha == 2) + ["power"] * (alpha in range(2, 33)) + ["eigvalsh"]
     return [(alpha, method) for method in methods]
 
 
@@ -69,6 +68,16 @@ def test_float64_value(functional, alpha, method):
 @pytest.mark.parametrize(("alpha", "method"), [route for route in ROUTES if route[0] >= 1])
 def test_float32_value(functional, alpha, method):
     assert deviation(functional, alpha, method, torch.float32) < 1e-5
+
+
+@over_functionals
+@pytest.mark.parametrize("alpha", [*ALPHAS, 2.0, np.int64(3), np.float32(1.5), np.float64(2)])
+def test_default_method_is_the_cheapest_that_serves(functional, alpha):
+    a, b, c = tensors(draws(7)[-1])
+    (_, cheapest), *_ = routes(float(alpha))
+    value = functional(renyi_kd, a, b, c, alpha=alpha)
+    expected = functional(renyi_kd, a, b, c, alpha=float(alpha), method=cheapest)
+    torch.testing.assert_close(value, expected, rtol=0, atol=0)
 
 
 @over_routes
@@ -204,7 +213,29 @@ def test_non_finite_input_spoils_only_its_own_matrix(functional, alpha, method, 
     assert gradient[1].isfinite().all()
 
 
+@over_routes
+@pytest.mark.parametrize("diagonal", [(0.0, 0.0), (0.0, 1.0), (1.0, 1.0), (1.0, -1.0)])
+def test_nan_off_the_diagonal_stays(alpha, method, diagonal):
+    gram = torch.tensor([[diagonal[0], math.nan], [math.nan, diagonal[1]]])
+    assert renyi_kd.normalize_gram(gram)[0, 1].isnan()
+    assert renyi_kd.renyi_entropy(gram, alpha, method=method).isnan()
+
+
 # Gradients
+
+
+@pytest.mark.parametrize("alpha", [1, 1.01, 1.5, 2, 3])
+def test_float32_gradient_through_a_kernel(alpha):
+    """The spectrum of this kernel decays through the rounding of float32."""
+
+    def gradient(dtype):
+        x = samples.to(dtype).requires_grad_()
+        entropy = renyi_kd.renyi_entropy(renyi_kd.rbf_kernel(x, bandwidth=1.0), alpha)
+        return torch.autograd.grad(entropy, x)[0].double()
+
+    samples = torch.tensor(np.random.default_rng(0).normal(size=(64, 2))).float()
+    expected = gradient(torch.float64)
+    assert (gradient(torch.float32) - expected).norm() < 1e-4 * expected.norm()
 
 
 @over_functionals
