@@ -226,6 +226,8 @@ def main() -> None:
         print(f"{terms.distilled_information:12.3f}{terms.teacher_relation_entropy:22.3f}", end="")
         print(f"{terms.relation_cosine:10.3f}")
 
+    print(f"S(image embedding, mask tokens) of the teacher: {before.teacher_feature_entropy:.3f}")
+
     teacher_ms, loss_ms = cost(distiller, teacher, train)
     print(f"\nMedian step: {step_ms:.0f} ms without, {distilled_ms:.0f} ms with InfoSAM, of which")
     print(f"the teacher takes {teacher_ms:.1f} ms and the loss {loss_ms:.1f} ms", end=" ")

@@ -321,7 +321,7 @@ def test_a_stray_decoder_pass_does_not_stick(model):
     with FeatureCollector(model) as collector:
         decode(model, levels, BOXES)
         segment(model, IMAGES, BOXES)
-        with pytest.raises(RuntimeError, match="1 of 2 passes .* had no image embedding"):
+        with pytest.raises(RuntimeError, match=r"1 of 2 passes .* had no image embedding"):
             collector.pop()
         segment(model, IMAGES, BOXES)
         assert_features_close(collector.pop(), collect(model))
