@@ -5,7 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+
+from renyi_kd import InfoSAMDistiller
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.py"
 
@@ -37,6 +40,24 @@ def test_tables(run) -> None:
         compressed, distilled, entropy, cosine = figures(output, name)[-1]
         assert max(abs(compressed), abs(distilled), entropy) <= 2
         assert 0 < cosine <= 1
+
+
+def test_both_students_see_the_same(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(QUICKSTART.parent))
+    import quickstart
+
+    seen: list[torch.Tensor] = []
+
+    def recorded(boxes: torch.Tensor) -> torch.Tensor:
+        seen.append(noised(boxes))
+        return seen[-1]
+
+    noised = quickstart.noised
+    monkeypatch.setattr(quickstart, "noised", recorded)
+    teacher, scenes = quickstart.load_teacher(), quickstart.make_scenes("target", 8, seed=0)
+    for distiller in (None, InfoSAMDistiller(quickstart.DIM)):
+        quickstart.finetune(teacher, scenes, steps=3, seed=0, distiller=distiller)
+    torch.testing.assert_close(seen[:3], seen[3:], rtol=0, atol=0)
 
 
 def test_student_starts_as_the_teacher(run) -> None:

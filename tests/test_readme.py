@@ -12,25 +12,28 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_python_blocks_run() -> None:
     torch.manual_seed(0)
-    teacher, student = tiny_sam(256), tiny_sam(256)
+    sam, untouched = tiny_sam(256), tiny_sam(256)
     images, boxes = torch.randn(2, 3, SIZE, SIZE), torch.tensor([[1.0, 2, 30, 40], [5, 5, 20, 50]])
-    masks = (segment(teacher, images, boxes) > 0).float()
-    before = [p.detach().clone() for p in student.image_encoder.parameters()]
+    masks = (segment(sam, images, boxes) > 0).float()
     namespace = {
         "torch": torch,
-        "teacher": teacher,
-        "student": student,
+        "device": "cpu",
+        "sam": sam,
         "loader": [(images, boxes, masks)],
         "predict": segment,
         "criterion": F.binary_cross_entropy_with_logits,
-        "optimizer": torch.optim.Adam(student.parameters()),
     }
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     for block in blocks:
         exec(block, namespace)
 
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     assert namespace["loss"].isfinite()
-    after = student.image_encoder.parameters()
-    assert any((p != q).any() for p, q in zip(after, before, strict=True))
+    student, distiller = namespace["student"], namespace["distiller"]
+    adapters = [p for name, p in student.named_parameters() if "lora_B" in name]
+    assert adapters
+    assert all((p != 0).any() for p in adapters)  # they start at zero
+    assert distiller.relation.query_proj.weight in namespace["optimizer"].state
+    torch.testing.assert_close(namespace["teacher"].state_dict(), untouched.state_dict())
+    assert namespace["figures"]["relation_cosine"] < 1
     assert 0 < namespace["bits"] < 7
