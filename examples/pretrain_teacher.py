@@ -22,9 +22,7 @@ from tiny_sam import WEIGHTS, build_tiny_sam, ious, load_teacher, noised, predic
 from torch import Tensor
 from tqdm import trange
 
-POOL = (
-    2048  # scenes to draw batches from; every step replaces the oldest few by the next of the seed
-)
+POOL = 2048  # scenes to draw batches from; every step replaces the oldest few
 FRESH = 4  # new scenes a step, so that a scene is seen four times on average, mirrored or not
 HELD_OUT_SEED, HELD_OUT = 1_000_000, 200
 
