@@ -20,10 +20,9 @@ def check_floating(name: str, value: object) -> None:
         )
 
 
-def check_gram(name: str, gram: object) -> None:
+def check_gram(name: str, gram: Tensor) -> None:
     """Raise unless `gram` is a floating-point tensor of shape `(..., n, n)`."""
     check_floating(name, gram)
-    assert isinstance(gram, Tensor)
     if gram.ndim < 2 or gram.shape[-1] != gram.shape[-2] or gram.shape[-1] == 0:
         raise ValueError(
             f"`{name}` must have shape (..., n, n), got {tuple(gram.shape)}. "

@@ -1,6 +1,6 @@
 """The InfoSAM loss: compress the teacher's relation, carry it to the student (Eq. 10-14)."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from renyi_kd.entropy import renyi_entropy
 from renyi_kd.features import Features
 from renyi_kd.gram import linear_kernel, normalize_gram
 from renyi_kd.relation import RelationModule, flatten_features
+
+FeaturePair: TypeAlias = Features | tuple[Tensor, Tensor]
 
 
 class InfoSAMTerms(NamedTuple):
@@ -200,15 +202,11 @@ class InfoSAMDistiller(nn.Module):
         self.relation = RelationModule(dim) if relation is None else relation
         self.distillation_trains_relation = distillation_trains_relation
 
-    def forward(
-        self, teacher: Features | tuple[Tensor, Tensor], student: Features | tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def forward(self, teacher: FeaturePair, student: FeaturePair) -> Tensor:
         """The loss, a scalar; see `terms`."""
         return self.terms(teacher, student).loss
 
-    def terms(
-        self, teacher: Features | tuple[Tensor, Tensor], student: Features | tuple[Tensor, Tensor]
-    ) -> InfoSAMTerms:
+    def terms(self, teacher: FeaturePair, student: FeaturePair) -> InfoSAMTerms:
         """The loss, its terms and what to watch.
 
         Args:
@@ -258,9 +256,7 @@ class InfoSAMDistiller(nn.Module):
             f"distillation_trains_relation={self.distillation_trains_relation}"
         )
 
-    def _flatten(
-        self, name: str, features: Features | tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def _flatten(self, name: str, features: FeaturePair) -> tuple[Tensor, Tensor]:
         if not isinstance(features, (tuple, list)) or len(features) != 2:
             raise TypeError(
                 f"`{name}` must be Features or a pair (image_embedding, mask_tokens), "
@@ -291,7 +287,7 @@ def _check_samples(samples: dict[str, Tensor]) -> None:
         )
 
 
-def _requires_grad(features: Features | tuple[Tensor, Tensor]) -> bool:
+def _requires_grad(features: FeaturePair) -> bool:
     return any(tensor.requires_grad for tensor in features)
 
 

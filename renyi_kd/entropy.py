@@ -11,7 +11,13 @@ from operator import mul
 import torch
 from torch import Tensor
 
-from renyi_kd._checks import check_alpha, check_batch_dimensions, check_gram, compute_dtype
+from renyi_kd._checks import (
+    check_alpha,
+    check_batch_dimensions,
+    check_gram,
+    check_same_device,
+    compute_dtype,
+)
 from renyi_kd.spectral import Method, choose_method, spectral_entropy
 
 
@@ -202,11 +208,9 @@ def _check_grams(**groups: Sequence[Tensor]) -> torch.dtype:
             f"All Gram matrices of {names} must be over the same n samples, "
             f"got shapes {[tuple(gram.shape) for gram in grams]}."
         )
-    if len({gram.device for gram in grams}) > 1:
-        raise ValueError(
-            f"All Gram matrices of {names} must be on one device, "
-            f"got {[str(gram.device) for gram in grams]}."
-        )
+    check_same_device(
+        **{f"{name}[{i}]": gram for name, group in groups.items() for i, gram in enumerate(group)}
+    )
     check_batch_dimensions(grams)
     return compute_dtype(*grams)
 
