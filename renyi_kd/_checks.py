@@ -1,11 +1,9 @@
 """Argument checks. They read shapes, dtypes and devices, never values: no check waits for a GPU."""
 
 from collections.abc import Iterable
-from functools import reduce
 from itertools import zip_longest
 from numbers import Integral, Real
 
-import torch
 from torch import Tensor
 
 
@@ -75,8 +73,3 @@ def check_batch_dimensions(tensors: Iterable[Tensor]) -> None:
     for sizes in zip_longest(*(reversed(shape[:-2]) for shape in shapes), fillvalue=1):
         if len({size for size in sizes if size != 1}) > 1:
             raise ValueError(f"Leading batch dimensions must broadcast, got shapes {shapes}.")
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype of a result: the promotion of the arguments' dtypes, at least float32."""
-    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)

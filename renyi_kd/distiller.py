@@ -12,12 +12,12 @@ from renyi_kd._checks import (
     check_integer,
     check_real,
     check_same_device,
-    compute_dtype,
 )
-from renyi_kd.entropy import renyi_entropy
+from renyi_kd._precision import compute_dtype
 from renyi_kd.features import Features
-from renyi_kd.gram import linear_kernel, normalize_gram
+from renyi_kd.gram import normalize_gram, sample_gram
 from renyi_kd.relation import RelationModule, flatten_features
+from renyi_kd.spectral import choose_method, spectral_entropy
 
 FeaturePair: TypeAlias = Features | tuple[Tensor, Tensor]
 
@@ -111,14 +111,27 @@ def infosam_terms(
     _check_samples(samples)
     compression_weight = check_real("compression_weight", compression_weight, minimum=0)
     distillation_weight = check_real("distillation_weight", distillation_weight, minimum=0)
-    check_alpha(alpha)
+    alpha = check_alpha(alpha)
 
-    gram_t, gram_s, gram_i, gram_m = map(_sample_gram, samples.values())
-    distilled_gram_t = gram_t if distillation_trains_relation else gram_t.detach()
-    gram_im = gram_i * gram_m
+    grams = torch.stack(
+        [
+            _sample_gram(teacher_relation),
+            _sample_gram(student_relation),
+            sample_gram(image_embedding),
+            _sample_gram(mask_tokens),
+        ]
+    )
+    # Of unit diagonal, as are all their Hadamard products: no trace is left to divide by.
+    batch = grams.shape[-1]
+    cosine_t, cosine_s, cosine_i, cosine_m = (batch * normalize_gram(grams)).unbind()
+    distilled_cosine_t = cosine_t if distillation_trains_relation else cosine_t.detach()
+    cosine_im = cosine_i * cosine_m
     # A joint entropy is the entropy of a Hadamard product (Eq. 16).
-    entropies = renyi_entropy(
-        torch.stack([gram_t, gram_s, gram_im, gram_im * gram_t, distilled_gram_t * gram_s]), alpha
+    stack = torch.stack(
+        [cosine_t, cosine_s, cosine_im, cosine_im * cosine_t, distilled_cosine_t * cosine_s]
+    )
+    entropies = spectral_entropy(
+        stack / batch, alpha, choose_method(alpha, None), epsilon=torch.finfo(torch.float64).eps
     )
     entropy_t, entropy_s, entropy_im, entropy_imt, entropy_ts = entropies.unbind()
     distilled_entropy_t = entropy_t if distillation_trains_relation else entropy_t.detach()
@@ -126,20 +139,19 @@ def infosam_terms(
     compression = entropy_t - entropy_imt
     distillation = entropy_ts - distilled_entropy_t - entropy_s
     loss = compression_weight * compression + distillation_weight * distillation
-    figures = (
-        entropy_im + compression,
-        -distillation,
-        entropy_t,
-        entropy_s,
-        entropy_im,
-        _mean_cosine(teacher_relation, student_relation),
-    )
+    figures = torch.stack(
+        [
+            entropy_im + compression,
+            -distillation,
+            entropy_t,
+            entropy_s,
+            entropy_im,
+            _mean_cosine(teacher_relation, student_relation),
+        ]
+    ).detach()
     dtype = compute_dtype(*samples.values())
     return InfoSAMTerms(
-        loss.to(dtype),
-        compression.to(dtype),
-        distillation.to(dtype),
-        *(figure.detach().to(dtype) for figure in figures),
+        loss.to(dtype), compression.to(dtype), distillation.to(dtype), *figures.to(dtype).unbind()
     )
 
 
@@ -292,12 +304,13 @@ def _requires_grad(features: FeaturePair) -> bool:
 
 
 def _sample_gram(samples: Tensor) -> Tensor:
-    """Normalised Gram matrix over the batch (Def. 1, Eq. 19), in float64."""
-    return normalize_gram(linear_kernel(samples.flatten(1).double()))
+    """Gram matrix over the batch (Eq. 19), in float64."""
+    rows = samples.flatten(1).double()
+    return rows @ rows.mT
 
 
 def _mean_cosine(teacher_relation: Tensor, student_relation: Tensor) -> Tensor:
     if teacher_relation.shape != student_relation.shape:
-        return torch.full((), torch.nan, device=teacher_relation.device)
+        return torch.full((), torch.nan, dtype=torch.float64, device=teacher_relation.device)
     teacher, student = teacher_relation.detach().flatten(1), student_relation.detach().flatten(1)
     return torch.cosine_similarity(teacher.double(), student.double()).mean()

@@ -16,8 +16,8 @@ from renyi_kd._checks import (
     check_batch_dimensions,
     check_gram,
     check_same_device,
-    compute_dtype,
 )
+from renyi_kd._precision import compute_dtype
 from renyi_kd.spectral import Method, choose_method, spectral_entropy
 
 

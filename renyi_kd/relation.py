@@ -12,8 +12,9 @@ from renyi_kd._checks import (
     check_floating,
     check_integer,
     check_same_device,
-    compute_dtype,
 )
+from renyi_kd._precision import compute_dtype, ieee_linear
+from renyi_kd.scores import relation_scores
 
 Residual: TypeAlias = Literal["raw", "normalized"]
 
@@ -74,17 +75,28 @@ class RelationModule(nn.Module):
         check_same_device(image_embedding=image_embedding, relation=weight)
         dtype = compute_dtype(*features, weight)
 
-        pixels, tokens = (feature.double() for feature in features)  # (B, P, D), (B, N, D)
-        normalized_pixels = _layer_norm(self.layer_norm_feat, pixels)
+        pixels, tokens = features  # (B, P, D), (B, N, D)
+
+        tokens = tokens.to(dtype)
         normalized_tokens = _layer_norm(self.layer_norm_mask, tokens)
-        query = _linear(self.query_proj, normalized_tokens)  # (B, N, D)
-        key = _linear(self.key_proj, normalized_pixels)  # (B, P, D)
-        scores = query @ key.mT / self.dim**0.5  # (B, N, P)
-        if self.residual == "raw":
-            scores = scores + tokens @ pixels.mT
-        else:
-            scores = scores + normalized_tokens @ normalized_pixels.mT
-        return _unit_length(scores).to(dtype)
+        query = ieee_linear(normalized_tokens, self.query_proj.weight.to(dtype))
+        query = (query + self.query_proj.bias) / self.dim**0.5
+        # q . (W_K LN(f) + b_K) + m . LN(f), with LN(f) = gamma (f - mu) / sigma + beta, is
+        # folded . (f - mu) / sigma + offset.
+        folded = ieee_linear(query, self.key_proj.weight.mT.to(dtype))
+        if self.residual == "normalized":
+            folded = folded + normalized_tokens
+        offset = (query * self.key_proj.bias + folded * self.layer_norm_feat.bias).sum(dim=2)
+        folded = folded * self.layer_norm_feat.weight
+        folded = folded - folded.mean(dim=2, keepdim=True)
+        scores = relation_scores(
+            pixels,
+            folded,
+            tokens if self.residual == "raw" else None,
+            offset,
+            self.layer_norm_feat.eps,
+        )
+        return _unit_length(scores)
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""
@@ -163,12 +175,8 @@ def flatten_features(
 
 def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return F.layer_norm(
-        x, norm.normalized_shape, norm.weight.double(), norm.bias.double(), norm.eps
+        x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps
     )
-
-
-def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, linear.weight.double(), linear.bias.double())
 
 
 def _unit_length(scores: Tensor) -> Tensor:
