@@ -1,5 +1,9 @@
 """Matrix-based Rényi information functionals and the InfoSAM distillation loss for PyTorch."""
 
+from contextlib import suppress
+
+import torch
+
 from renyi_kd.distiller import InfoSAMDistiller, InfoSAMTerms, infosam_terms
 from renyi_kd.entropy import (
     renyi_conditional_entropy,
@@ -17,6 +21,11 @@ from renyi_kd.gram import (
     rbf_kernel,
 )
 from renyi_kd.relation import DotProductRelation, RelationModule
+
+if torch.cuda.is_available():
+    # Triton comes with PyTorch on Linux; without it the PyTorch path serves CUDA too.
+    with suppress(ImportError):
+        import renyi_kd._triton
 
 __version__ = "0.1.0"
 

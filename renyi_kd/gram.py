@@ -183,16 +183,16 @@ def sample_gram(samples: Tensor) -> Tensor:
     Returns:
         Gram matrix, shape `(B, B)`, float64. It has no second derivative.
     """
-    gram: Tensor = _sample_gram(samples)
+    gram: Tensor = op(samples)
     return gram
 
 
-@torch.library.custom_op("renyi_kd::sample_gram", mutates_args=())
-def _sample_gram(samples: Tensor) -> Tensor:
-    rows = _in_memory_order(samples).flatten(1)
-    batch, features = rows.shape
+def gram_by_blocks(samples: Tensor) -> Tensor:
+    """As `sample_gram`, from one block after the other, copied if the dtype asks for it."""
+    rows = in_memory_order(samples).flatten(1)
+    batch = rows.shape[0]
     dtype = ieee_dtype(compute_dtype(samples), samples.device)
-    if features < _LONG:
+    if not is_long(rows):
         dtype = torch.float64
     columns = max(1, _BLOCK // batch // (batch if rows.dtype == dtype else _CHUNK)) * _CHUNK
     gram = rows.new_zeros(batch, batch, dtype=torch.float64)
@@ -206,7 +206,10 @@ def _sample_gram(samples: Tensor) -> Tensor:
     return gram
 
 
-@_sample_gram.register_fake
+op = torch.library.custom_op("renyi_kd::sample_gram", gram_by_blocks, mutates_args=())
+
+
+@op.register_fake
 def _(samples: Tensor) -> Tensor:
     return samples.new_empty(samples.shape[0], samples.shape[0], dtype=torch.float64)
 
@@ -215,7 +218,7 @@ def _(samples: Tensor) -> Tensor:
 def _sample_gram_backward(grad: Tensor, samples: Tensor) -> Tensor:
     symmetric = grad + grad.mT
     grad_samples = torch.empty_like(samples)
-    rows, grad_rows = (_in_memory_order(x).flatten(1) for x in (samples, grad_samples))
+    rows, grad_rows = (in_memory_order(x).flatten(1) for x in (samples, grad_samples))
     columns = max(1, _BLOCK // rows.shape[0])
     blocks = (torch.split(x, columns, dim=1) for x in (rows, grad_rows))
     for block, grad_block in zip(*blocks, strict=True):
@@ -237,10 +240,15 @@ def _backward(ctx: Any, grad: Tensor) -> Tensor:
     return grad_samples
 
 
-_sample_gram.register_autograd(_backward, setup_context=_save_samples)
+op.register_autograd(_backward, setup_context=_save_samples)
 
 
-def _in_memory_order(samples: Tensor) -> Tensor:
+def is_long(rows: Tensor) -> bool:
+    """Whether rounding errors of float32 sums over chunks average out."""
+    return rows.shape[1] >= _LONG
+
+
+def in_memory_order(samples: Tensor) -> Tensor:
     """The axes of a sample from the slowest to the fastest: a dense map flattens to a view."""
     axes = sorted(range(1, samples.ndim), key=samples.stride, reverse=True)
     return samples.permute(0, *axes)

@@ -39,12 +39,11 @@ def relation_scores(
     Returns:
         Scores, shape `(B, N, P)`, in the dtype of `query`. They have no second derivative.
     """
-    scores: Tensor = _scores(pixels, query, residual, offset, eps)[0]
+    scores: Tensor = op(pixels, query, residual, offset, eps)[0]
     return scores
 
 
-@torch.library.custom_op("renyi_kd::scores", mutates_args=())
-def _scores(
+def scores_by_blocks(
     pixels: Tensor, query: Tensor, residual: Tensor | None, offset: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scores; their normalised part without `offset`; mean and 1 / deviation of each pixel."""
@@ -73,7 +72,10 @@ def _scores(
     )
 
 
-@_scores.register_fake
+op = torch.library.custom_op("renyi_kd::scores", scores_by_blocks, mutates_args=())
+
+
+@op.register_fake
 def _(
     pixels: Tensor, query: Tensor, residual: Tensor | None, offset: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -82,8 +84,7 @@ def _(
     return scores, torch.empty_like(scores), mean, torch.empty_like(mean)
 
 
-@torch.library.custom_op("renyi_kd::scores_backward", mutates_args=())
-def _scores_backward(
+def gradients_by_blocks(
     grad: Tensor,
     pixels: Tensor,
     query: Tensor,
@@ -124,7 +125,12 @@ def _scores_backward(
     return grad_pixels, grad_query.to(query.dtype), grad_residual.to(query.dtype, copy=True)
 
 
-@_scores_backward.register_fake
+backward_op = torch.library.custom_op(
+    "renyi_kd::scores_backward", gradients_by_blocks, mutates_args=()
+)
+
+
+@backward_op.register_fake
 def _(
     grad: Tensor,
     pixels: Tensor,
@@ -154,7 +160,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     if grad is None:
         return (None,) * 5
     for_pixels, _, for_residual, _, _ = ctx.needs_input_grad
-    grad_pixels, grad_query, grad_residual = _scores_backward(
+    grad_pixels, grad_query, grad_residual = backward_op(
         grad, *ctx.saved_tensors, for_pixels, for_residual
     )
     return (
@@ -166,7 +172,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     )
 
 
-_scores.register_autograd(_backward, setup_context=_save_for_backward)
+op.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _blocks(pixels: Tensor, *, whole: bool = False) -> Iterator[tuple[slice, slice]]:

@@ -8,7 +8,7 @@ A^\alpha`: the Frobenius norm, matrix powers, and eigenvalues.
 
 import math
 from itertools import pairwise
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ Method: TypeAlias = Literal["frobenius", "power", "eigvalsh"]
 
 # Beyond it n^(1 - alpha) nears the end of float64's range, and eigenvalues cost no more.
 MAX_POWER = 32
+
+# Up to it the eigenvalues of a stack take one launch on CUDA, and nothing waits for them.
+SMALL = 32
 
 
 def _shortest_addition_chains(limit: int) -> dict[int, tuple[int, ...]]:
@@ -95,9 +98,9 @@ def _entropy_from_eigenvalues(matrix: Tensor, alpha: float, epsilon: float) -> T
     poison = matrix.sum(dim=(-2, -1)) * torch.where(finite, 0.0, math.nan).to(matrix)
     stand_in = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     decomposable = torch.where(finite[..., None, None], matrix, stand_in)
-    eigenvalues: Tensor = torch.linalg.eigvalsh(decomposable)
+    eigenvalues = _eigenvalues(decomposable)
     if alpha == math.inf:
-        return poison - eigenvalues[..., -1].log2()
+        return poison - eigenvalues.amax(dim=-1).log2()
 
     p = eigenvalues.clamp(min=0)
     # Below order 1 the rounding errors of zero eigenvalues would count. From order 1 on they do
@@ -105,7 +108,7 @@ def _entropy_from_eigenvalues(matrix: Tensor, alpha: float, epsilon: float) -> T
     # in the gradient alone.
     if alpha >= 1:
         epsilon = torch.finfo(matrix.dtype).eps
-    in_range = p > matrix.shape[-1] * epsilon * p[..., -1:]
+    in_range = p > matrix.shape[-1] * epsilon * p.amax(dim=-1, keepdim=True)
     if alpha <= 1:
         # Off the range the derivative is unbounded. Normalising the trace of the range alone, which
         # is one already, leaves the gradient of the entropy on the range.
@@ -125,3 +128,47 @@ def _entropy_from_eigenvalues(matrix: Tensor, alpha: float, epsilon: float) -> T
     else:
         log_trace = torch.where(p > 0, alpha * log_p, -math.inf).logsumexp(dim=-1)
     return poison + log_trace / ((1 - alpha) * math.log(2))
+
+
+def _eigenvalues(matrix: Tensor) -> Tensor:
+    """Eigenvalues of symmetric matrices, in any order."""
+    if matrix.is_cuda and matrix.shape[-1] <= SMALL:
+        eigenvalues: Tensor = op(matrix)[0]
+    else:
+        eigenvalues = torch.linalg.eigvalsh(matrix)
+    return eigenvalues
+
+
+@torch.library.custom_op("renyi_kd::eigh", mutates_args=())
+def op(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, in any order, and eigenvectors; cuSOLVER's would make the device wait."""
+    eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
+    return eigenvalues, eigenvectors
+
+
+@op.register_fake
+def _(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    return matrix.new_empty(matrix.shape[:-1]), torch.empty_like(matrix)
+
+
+@torch.library.custom_op("renyi_kd::eigh_backward", mutates_args=())
+def _eigh_backward(grad: Tensor, eigenvectors: Tensor) -> Tensor:
+    return (eigenvectors * grad.unsqueeze(-2)) @ eigenvectors.mT
+
+
+@_eigh_backward.register_fake
+def _(grad: Tensor, eigenvectors: Tensor) -> Tensor:
+    return torch.empty_like(eigenvectors)
+
+
+def _save_eigenvectors(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> Tensor:
+    # Of eigenvalues alone, for which repeated ones are no trouble; the eigenvectors stay inside.
+    grad_matrix: Tensor = _eigh_backward(grad, *ctx.saved_tensors)
+    return grad_matrix
+
+
+op.register_autograd(_backward, setup_context=_save_eigenvectors)

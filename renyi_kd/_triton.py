@@ -1,0 +1,354 @@
+"""Triton kernels for CUDA: maps are read once, stacks of small matrices decomposed in one launch.
+
+Importing this module registers them with the operators of `scores`, `gram` and `spectral`, whose
+PyTorch forms stay the fallback, the reference, and what a CPU runs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from renyi_kd import gram, scores, spectral
+
+# Elements of a map that one program holds in registers at a time.
+_TILE = 8192
+# Programs that share the pixels of a sample in backward, and the features of a batch in a Gram
+# matrix: what each of them sums is added up afterwards, in the same order in every run.
+_PIXEL_SPLITS = 32
+_FEATURE_SPLITS = 256
+_MAX_CHANNELS = 2048
+_MAX_BATCH = 64
+
+# Jacobi sweeps after which matrices of a size are diagonal to rounding.
+_SWEEPS = {1: 0, 2: 1, 4: 6, 8: 8, 16: 10, 32: 12}
+
+
+@triton.jit
+def _scores_kernel(
+    pixels,
+    query,
+    residual,
+    offset,
+    scores,
+    normalized,
+    mean,
+    rstd,
+    P,
+    D,
+    eps,
+    stride_b,
+    stride_p,
+    stride_d,
+    N: tl.constexpr,
+    RAW: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    b = tl.program_id(1).to(tl.int64)
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    d = tl.arange(0, BLOCK_D)
+    inside = (p < P)[:, None] & (d < D)[None, :]
+    at = pixels + b * stride_b + p[:, None] * stride_p + d[None, :] * stride_d
+    f = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    mu = tl.sum(f, axis=1) / D
+    centred = tl.where(inside, f - mu[:, None], 0.0)
+    reciprocal = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
+    tl.store(mean + b * P + p, mu, mask=p < P)
+    tl.store(rstd + b * P + p, reciprocal, mask=p < P)
+    for n in range(N):
+        row = b * N + n
+        w = tl.load(query + row * D + d, mask=d < D, other=0.0)
+        score = tl.sum(centred * w[None, :], axis=1) * reciprocal
+        tl.store(normalized + row * P + p, score, mask=p < P)
+        if RAW:
+            v = tl.load(residual + row * D + d, mask=d < D, other=0.0)
+            score += tl.sum(f * v[None, :], axis=1)
+        tl.store(scores + row * P + p, score + tl.load(offset + row), mask=p < P)
+
+
+@triton.jit
+def _scores_backward_kernel(
+    grad,
+    pixels,
+    query,
+    residual,
+    normalized,
+    mean,
+    rstd,
+    grad_pixels,
+    partial_query,
+    partial_residual,
+    P,
+    D,
+    stride_b,
+    stride_p,
+    stride_d,
+    grad_stride_b,
+    grad_stride_p,
+    grad_stride_d,
+    N: tl.constexpr,
+    RAW: tl.constexpr,
+    FOR_PIXELS: tl.constexpr,
+    FOR_RESIDUAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    split = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    tokens = tl.arange(0, BLOCK_N)
+    sum_query = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    sum_residual = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for start in range(split * BLOCK_P, P, tl.num_programs(0) * BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        inside = (p < P)[:, None] & (d < D)[None, :]
+        at = pixels + b * stride_b + p[:, None] * stride_p + d[None, :] * stride_d
+        f = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        mu = tl.load(mean + b * P + p, mask=p < P, other=0.0)
+        reciprocal = tl.load(rstd + b * P + p, mask=p < P, other=0.0)
+        centred = tl.where(inside, f - mu[:, None], 0.0)
+        shrink = tl.zeros((BLOCK_P,), tl.float32)
+        gradient = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+        for n in range(N):
+            row = b * N + n
+            g = tl.load(grad + row * P + p, mask=p < P, other=0.0)
+            scaled = g * reciprocal
+            shrink += g * tl.load(normalized + row * P + p, mask=p < P, other=0.0)
+            of_query = tl.sum(scaled[:, None] * centred, axis=0)
+            sum_query += tl.where(tokens[:, None] == n, of_query[None, :], 0.0)
+            if FOR_RESIDUAL:
+                of_residual = tl.sum(g[:, None] * f, axis=0)
+                sum_residual += tl.where(tokens[:, None] == n, of_residual[None, :], 0.0)
+            if FOR_PIXELS:
+                w = tl.load(query + row * D + d, mask=d < D, other=0.0)
+                gradient += scaled[:, None] * w[None, :]
+                if RAW:
+                    v = tl.load(residual + row * D + d, mask=d < D, other=0.0)
+                    gradient += g[:, None] * v[None, :]
+        if FOR_PIXELS:
+            gradient -= (shrink * reciprocal * reciprocal / D)[:, None] * centred
+            to = grad_pixels + b * grad_stride_b + p[:, None] * grad_stride_p
+            to += d[None, :] * grad_stride_d
+            tl.store(to, gradient.to(grad_pixels.dtype.element_ty), mask=inside)
+    row = (b * tl.num_programs(0) + split) * N + tokens
+    to = row[:, None] * D + d[None, :]
+    stored = (tokens < N)[:, None] & (d < D)[None, :]
+    tl.store(partial_query + to, sum_query, mask=stored)
+    if FOR_RESIDUAL:
+        tl.store(partial_residual + to, sum_residual, mask=stored)
+
+
+@triton.jit
+def _gram_kernel(
+    rows,
+    partial,
+    B,
+    K,
+    stride,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    split = tl.program_id(0)
+    i = tl.arange(0, BLOCK_B)
+    k = tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_B, BLOCK_B), tl.float64)
+    for start in range(split * BLOCK_K, K, tl.num_programs(0) * BLOCK_K):
+        at = start + k
+        inside = (i < B)[:, None] & (at < K)[None, :]
+        x = tl.load(rows + i[:, None].to(tl.int64) * stride + at[None, :], mask=inside, other=0.0)
+        total += tl.dot(x, tl.trans(x), input_precision="ieee").to(tl.float64)
+    to = partial + split * B * B + i[:, None] * B + i[None, :]
+    tl.store(to, total, mask=(i < B)[:, None] & (i < B)[None, :])
+
+
+@triton.jit
+def _jacobi_kernel(
+    matrices,
+    eigenvalues,
+    eigenvectors,
+    n,
+    SWEEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Cyclic Jacobi rotations: in one step all pairs (i, i ^ k) at once, in a sweep all k."""
+    i = tl.arange(0, BLOCK)
+    row, column = i[:, None], i[None, :]
+    at = tl.program_id(0) * n * n + row * n + column
+    inside = (row < n) & (column < n)
+    a = tl.load(matrices + at, mask=inside, other=0.0)
+    v = tl.where(row == column, 1.0, 0.0).to(tl.float64)
+    for _ in range(SWEEPS):
+        for k in range(1, BLOCK):
+            lower = i < (i ^ k)
+            diagonal = tl.sum(tl.where(row == column, a, 0.0), axis=1)
+            of_partner = tl.gather(diagonal, i ^ k, 0)
+            coupling = tl.sum(tl.where(column == (row ^ k), a, 0.0), axis=1)
+            # Rounding makes a[p, q] and a[q, p] differ, but both need the same rotation.
+            coupling = (coupling + tl.gather(coupling, i ^ k, 0)) / 2
+            apart = tl.where(lower, of_partner - diagonal, diagonal - of_partner)
+            theta = apart / (2 * tl.where(coupling == 0, 1.0, coupling))
+            tangent = 1 / (tl.abs(theta) + tl.sqrt(theta * theta + 1))
+            tangent = tl.where(theta < 0, -tangent, tangent)
+            tangent = tl.where(coupling == 0, 0.0, tangent)
+            cosine = 1 / tl.sqrt(tangent * tangent + 1)
+            sine = tl.where(lower, -tangent, tangent) * cosine
+            row_partner = tl.broadcast_to(row ^ k, (BLOCK, BLOCK))
+            column_partner = tl.broadcast_to(column ^ k, (BLOCK, BLOCK))
+            a = cosine[:, None] * a + sine[:, None] * tl.gather(a, row_partner, 0)
+            a = cosine[None, :] * a + sine[None, :] * tl.gather(a, column_partner, 1)
+            v = cosine[None, :] * v + sine[None, :] * tl.gather(v, column_partner, 1)
+    values = tl.sum(tl.where(row == column, a, 0.0), axis=1)
+    tl.store(eigenvalues + tl.program_id(0) * n + i, values, mask=i < n)
+    tl.store(eigenvectors + at, v, mask=inside)
+
+
+def relation_scores(
+    pixels: Tensor, query: Tensor, residual: Tensor | None, offset: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `renyi_kd.scores`, in one launch."""
+    batch, places, dim = pixels.shape
+    tokens = query.shape[1]
+    out, normalized = (query.new_empty(batch, tokens, places) for _ in range(2))
+    mean, rstd = (query.new_empty(batch, places) for _ in range(2))
+    query = query.contiguous()
+    block_p, block_d = _tile(places, dim)
+    _scores_kernel[(triton.cdiv(places, block_p), batch)](
+        pixels,
+        query,
+        query if residual is None else residual.contiguous(),
+        offset.contiguous(),
+        out,
+        normalized,
+        mean,
+        rstd,
+        places,
+        dim,
+        eps,
+        *pixels.stride(),
+        N=tokens,
+        RAW=residual is not None,
+        BLOCK_P=block_p,
+        BLOCK_D=block_d,
+    )
+    return out, normalized, mean, rstd
+
+
+def relation_scores_backward(
+    grad: Tensor,
+    pixels: Tensor,
+    query: Tensor,
+    residual: Tensor | None,
+    normalized: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    for_pixels: bool,
+    for_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `renyi_kd.scores`, in one launch and one sum for each gradient of a row."""
+    batch, places, dim = pixels.shape
+    tokens = query.shape[1]
+    block_p, block_d = _tile(places, dim)
+    splits = min(_PIXEL_SPLITS, triton.cdiv(places, block_p))
+    grad_pixels = torch.empty_like(pixels) if for_pixels else pixels.new_empty(0)
+    partial_query = query.new_empty(batch, splits, tokens, dim)
+    partial_residual = query.new_empty(batch, splits, tokens if for_residual else 0, dim)
+    query = query.contiguous()
+    _scores_backward_kernel[(splits, batch)](
+        grad.contiguous(),
+        pixels,
+        query,
+        query if residual is None else residual.contiguous(),
+        normalized,
+        mean,
+        rstd,
+        grad_pixels,
+        partial_query,
+        partial_residual,
+        places,
+        dim,
+        *pixels.stride(),
+        *(grad_pixels.stride() if for_pixels else (0, 0, 0)),
+        N=tokens,
+        RAW=residual is not None,
+        FOR_PIXELS=for_pixels,
+        FOR_RESIDUAL=for_residual,
+        BLOCK_N=triton.next_power_of_2(tokens),
+        BLOCK_P=block_p,
+        BLOCK_D=block_d,
+    )
+    return grad_pixels, partial_query.sum(dim=1), partial_residual.sum(dim=1)
+
+
+def sample_gram(rows: Tensor) -> Tensor:
+    """Gram matrix, float64, of the rows of a matrix with contiguous rows, in two launches."""
+    batch, features = rows.shape
+    block_b, block_k = max(16, triton.next_power_of_2(batch)), 64
+    splits = min(_FEATURE_SPLITS, triton.cdiv(features, block_k))
+    partial = rows.new_empty(splits, batch, batch, dtype=torch.float64)
+    _gram_kernel[(splits,)](
+        rows, partial, batch, features, rows.stride(0), BLOCK_B=block_b, BLOCK_K=block_k
+    )
+    return partial.sum(dim=0)
+
+
+def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, in no order, and eigenvectors of symmetric float64 matrices, in one launch."""
+    n = matrices.shape[-1]
+    eigenvalues, eigenvectors = matrices.new_empty(matrices.shape[:-1]), torch.empty_like(matrices)
+    block = triton.next_power_of_2(n)
+    _jacobi_kernel[(matrices[..., 0, 0].numel(),)](
+        matrices.contiguous(),
+        eigenvalues,
+        eigenvectors,
+        n,
+        SWEEPS=_SWEEPS[block],
+        BLOCK=block,
+        num_warps=1 if block <= 8 else 4,
+    )
+    return eigenvalues, eigenvectors
+
+
+def _tile(places: int, dim: int) -> tuple[int, int]:
+    block_d = triton.next_power_of_2(dim)
+    return min(max(1, _TILE // block_d), triton.next_power_of_2(places)), block_d
+
+
+@scores.op.register_kernel("cuda")
+def _(
+    pixels: Tensor, query: Tensor, residual: Tensor | None, offset: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    serves = query.dtype == torch.float32 and pixels.shape[2] <= _MAX_CHANNELS
+    route = relation_scores if serves else scores.scores_by_blocks
+    return route(pixels, query, residual, offset, eps)
+
+
+@scores.backward_op.register_kernel("cuda")
+def _(
+    grad: Tensor,
+    pixels: Tensor,
+    query: Tensor,
+    residual: Tensor | None,
+    normalized: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    for_pixels: bool,
+    for_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    serves = query.dtype == torch.float32 and pixels.shape[2] <= _MAX_CHANNELS
+    route = relation_scores_backward if serves else scores.gradients_by_blocks
+    return route(grad, pixels, query, residual, normalized, mean, rstd, for_pixels, for_residual)
+
+
+@gram.op.register_kernel("cuda")
+def _(samples: Tensor) -> Tensor:
+    rows = gram.in_memory_order(samples).flatten(1)
+    if samples.dtype == torch.float64 or not gram.is_long(rows) or rows.shape[0] > _MAX_BATCH:
+        return gram.gram_by_blocks(samples)
+    return sample_gram(rows)
+
+
+@spectral.op.register_kernel("cuda")
+def _(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    return eigh(matrices) if matrices.shape[-1] <= spectral.SMALL else torch.linalg.eigh(matrices)
