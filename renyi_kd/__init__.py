@@ -1,6 +1,7 @@
 """Matrix-based Rényi information functionals and the InfoSAM distillation loss for PyTorch."""
 
 from contextlib import suppress
+from importlib import import_module
 
 import torch
 
@@ -25,7 +26,7 @@ from renyi_kd.relation import DotProductRelation, RelationModule
 if torch.cuda.is_available():
     # Triton comes with PyTorch on Linux; without it the PyTorch path serves CUDA too.
     with suppress(ImportError):
-        import renyi_kd._triton
+        import_module("renyi_kd._triton")
 
 __version__ = "0.1.0"
 

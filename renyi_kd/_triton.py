@@ -59,6 +59,7 @@ def _scores_kernel(
     for n in range(N):
         row = b * N + n
         w = tl.load(query + row * D + d, mask=d < D, other=0.0)
+        w = tl.where(d < D, w - tl.sum(w, axis=0) / D, 0.0)
         score = tl.sum(centred * w[None, :], axis=1) * reciprocal
         tl.store(normalized + row * P + p, score, mask=p < P)
         if RAW:
@@ -123,6 +124,7 @@ def _scores_backward_kernel(
                 sum_residual += tl.where(tokens[:, None] == n, of_residual[None, :], 0.0)
             if FOR_PIXELS:
                 w = tl.load(query + row * D + d, mask=d < D, other=0.0)
+                w = tl.where(d < D, w - tl.sum(w, axis=0) / D, 0.0)
                 gradient += scaled[:, None] * w[None, :]
                 if RAW:
                     v = tl.load(residual + row * D + d, mask=d < D, other=0.0)

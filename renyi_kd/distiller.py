@@ -1,6 +1,6 @@
 """The InfoSAM loss: compress the teacher's relation, carry it to the student (Eq. 10-14)."""
 
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from renyi_kd._checks import (
 )
 from renyi_kd._precision import compute_dtype
 from renyi_kd.features import Features
-from renyi_kd.gram import normalize_gram, sample_gram
+from renyi_kd.gram import sample_gram
+from renyi_kd.joint import joint_grams
 from renyi_kd.relation import RelationModule, flatten_features
 from renyi_kd.spectral import choose_method, spectral_entropy
 
@@ -102,43 +103,16 @@ def infosam_terms(
         >>> infosam_terms(relation, relation, embedding, tokens).distilled_information
         tensor(2.)
     """
-    samples = {
-        "teacher_relation": teacher_relation,
-        "student_relation": student_relation,
-        "image_embedding": image_embedding,
-        "mask_tokens": mask_tokens,
-    }
-    _check_samples(samples)
-    compression_weight = check_real("compression_weight", compression_weight, minimum=0)
-    distillation_weight = check_real("distillation_weight", distillation_weight, minimum=0)
-    alpha = check_alpha(alpha)
-
-    grams = torch.stack(
-        [
-            _sample_gram(teacher_relation),
-            _sample_gram(student_relation),
-            sample_gram(image_embedding),
-            _sample_gram(mask_tokens),
-        ]
+    samples = teacher_relation, student_relation, image_embedding, mask_tokens
+    losses, entropies = _losses(
+        *samples,
+        alpha=alpha,
+        compression_weight=check_real("compression_weight", compression_weight, minimum=0),
+        distillation_weight=check_real("distillation_weight", distillation_weight, minimum=0),
+        distillation_trains_relation=distillation_trains_relation,
     )
-    # Of unit diagonal, as are all their Hadamard products: no trace is left to divide by.
-    batch = grams.shape[-1]
-    cosine_t, cosine_s, cosine_i, cosine_m = (batch * normalize_gram(grams)).unbind()
-    distilled_cosine_t = cosine_t if distillation_trains_relation else cosine_t.detach()
-    cosine_im = cosine_i * cosine_m
-    # A joint entropy is the entropy of a Hadamard product (Eq. 16).
-    stack = torch.stack(
-        [cosine_t, cosine_s, cosine_im, cosine_im * cosine_t, distilled_cosine_t * cosine_s]
-    )
-    entropies = spectral_entropy(
-        stack / batch, alpha, choose_method(alpha, None), epsilon=torch.finfo(torch.float64).eps
-    )
-    entropy_t, entropy_s, entropy_im, entropy_imt, entropy_ts = entropies.unbind()
-    distilled_entropy_t = entropy_t if distillation_trains_relation else entropy_t.detach()
-
-    compression = entropy_t - entropy_imt
-    distillation = entropy_ts - distilled_entropy_t - entropy_s
-    loss = compression_weight * compression + distillation_weight * distillation
+    _, compression, distillation = losses
+    entropy_t, entropy_s, entropy_im, *_ = entropies
     figures = torch.stack(
         [
             entropy_im + compression,
@@ -149,10 +123,53 @@ def infosam_terms(
             _mean_cosine(teacher_relation, student_relation),
         ]
     ).detach()
-    dtype = compute_dtype(*samples.values())
-    return InfoSAMTerms(
-        loss.to(dtype), compression.to(dtype), distillation.to(dtype), *figures.to(dtype).unbind()
+    dtype = compute_dtype(*samples)
+    return InfoSAMTerms(*(loss.to(dtype) for loss in losses), *figures.to(dtype).unbind())
+
+
+def _losses(
+    teacher_relation: Tensor,
+    student_relation: Tensor,
+    image_embedding: Tensor,
+    mask_tokens: Tensor,
+    *,
+    alpha: float,
+    compression_weight: float,
+    distillation_weight: float,
+    distillation_trains_relation: bool,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+    """L, L_r and L_d, and the entropies of the five matrices of `joint_grams`, in float64."""
+    _check_samples(
+        {
+            "teacher_relation": teacher_relation,
+            "student_relation": student_relation,
+            "image_embedding": image_embedding,
+            "mask_tokens": mask_tokens,
+        }
     )
+    alpha = check_alpha(alpha)
+    grams = torch.stack(
+        [
+            _gram(teacher_relation),
+            _gram(student_relation),
+            sample_gram(image_embedding),
+            _gram(mask_tokens),
+        ]
+    )
+    # A joint entropy is the entropy of a Hadamard product (Eq. 16).
+    entropies = spectral_entropy(
+        joint_grams(grams, distillation_trains_relation),
+        alpha,
+        choose_method(alpha, None),
+        epsilon=torch.finfo(torch.float64).eps,
+    ).unbind()
+    entropy_t, entropy_s, _, entropy_imt, entropy_ts = entropies
+    distilled_entropy_t = entropy_t if distillation_trains_relation else entropy_t.detach()
+
+    compression = entropy_t - entropy_imt
+    distillation = entropy_ts - distilled_entropy_t - entropy_s
+    loss = compression_weight * compression + distillation_weight * distillation
+    return (loss, compression, distillation), entropies
 
 
 class InfoSAMDistiller(nn.Module):
@@ -216,7 +233,9 @@ class InfoSAMDistiller(nn.Module):
 
     def forward(self, teacher: FeaturePair, student: FeaturePair) -> Tensor:
         """The loss, a scalar; see `terms`."""
-        return self.terms(teacher, student).loss
+        samples = self._samples(teacher, student)
+        (loss, *_), _ = _losses(*samples, **self._options())
+        return loss.to(compute_dtype(*samples))
 
     def terms(self, teacher: FeaturePair, student: FeaturePair) -> InfoSAMTerms:
         """The loss, its terms and what to watch.
@@ -230,6 +249,20 @@ class InfoSAMDistiller(nn.Module):
             ValueError: shapes, batch sizes or devices do not fit, fewer than two samples, or the
                 teacher requires a gradient while the student does not.
         """
+        return infosam_terms(*self._samples(teacher, student), **self._options())
+
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return (
+            f"dim={self.dim}, alpha={self.alpha}, compression_weight={self.compression_weight}, "
+            f"distillation_weight={self.distillation_weight}, "
+            f"distillation_trains_relation={self.distillation_trains_relation}"
+        )
+
+    def _samples(
+        self, teacher: FeaturePair, student: FeaturePair
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Both relations, and the teacher's features without gradient."""
         teacher_pixels, teacher_tokens = self._flatten("teacher", teacher)
         student_pixels, student_tokens = self._flatten("student", student)
         if _requires_grad(teacher) and not _requires_grad(student):
@@ -249,24 +282,15 @@ class InfoSAMDistiller(nn.Module):
             student_relation = functional_call(
                 self.relation, detached, (student_pixels, student_tokens)
             )
-        return infosam_terms(
-            teacher_relation,
-            student_relation,
-            teacher_pixels,
-            teacher_tokens,
-            alpha=self.alpha,
-            compression_weight=self.compression_weight,
-            distillation_weight=self.distillation_weight,
-            distillation_trains_relation=self.distillation_trains_relation,
-        )
+        return teacher_relation, student_relation, teacher_pixels, teacher_tokens
 
-    def extra_repr(self) -> str:
-        """The options, for `repr`."""
-        return (
-            f"dim={self.dim}, alpha={self.alpha}, compression_weight={self.compression_weight}, "
-            f"distillation_weight={self.distillation_weight}, "
-            f"distillation_trains_relation={self.distillation_trains_relation}"
-        )
+    def _options(self) -> dict[str, Any]:
+        return {
+            "alpha": self.alpha,
+            "compression_weight": self.compression_weight,
+            "distillation_weight": self.distillation_weight,
+            "distillation_trains_relation": self.distillation_trains_relation,
+        }
 
     def _flatten(self, name: str, features: FeaturePair) -> tuple[Tensor, Tensor]:
         if not isinstance(features, (tuple, list)) or len(features) != 2:
@@ -303,7 +327,7 @@ def _requires_grad(features: FeaturePair) -> bool:
     return any(tensor.requires_grad for tensor in features)
 
 
-def _sample_gram(samples: Tensor) -> Tensor:
+def _gram(samples: Tensor) -> Tensor:
     """Gram matrix over the batch (Eq. 19), in float64."""
     rows = samples.flatten(1).double()
     return rows @ rows.mT

@@ -2,8 +2,6 @@
 
 from typing import Literal, TypeAlias, get_args
 
-import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -13,8 +11,9 @@ from renyi_kd._checks import (
     check_integer,
     check_same_device,
 )
-from renyi_kd._precision import compute_dtype, ieee_linear
-from renyi_kd.scores import relation_scores
+from renyi_kd._precision import compute_dtype
+from renyi_kd.folding import fold_query
+from renyi_kd.scores import relation_scores, unit_length
 
 Residual: TypeAlias = Literal["raw", "normalized"]
 
@@ -78,25 +77,21 @@ class RelationModule(nn.Module):
         pixels, tokens = features  # (B, P, D), (B, N, D)
 
         tokens = tokens.to(dtype)
-        normalized_tokens = _layer_norm(self.layer_norm_mask, tokens)
-        query = ieee_linear(normalized_tokens, self.query_proj.weight.to(dtype))
-        query = (query + self.query_proj.bias) / self.dim**0.5
-        # q . (W_K LN(f) + b_K) + m . LN(f), with LN(f) = gamma (f - mu) / sigma + beta, is
-        # folded . (f - mu) / sigma + offset.
-        folded = ieee_linear(query, self.key_proj.weight.mT.to(dtype))
-        if self.residual == "normalized":
-            folded = folded + normalized_tokens
-        offset = (query * self.key_proj.bias + folded * self.layer_norm_feat.bias).sum(dim=2)
-        folded = folded * self.layer_norm_feat.weight
-        folded = folded - folded.mean(dim=2, keepdim=True)
+        layers = self.layer_norm_mask, self.query_proj, self.key_proj, self.layer_norm_feat
+        query, offset = fold_query(
+            tokens,
+            *((layer.weight.to(dtype), layer.bias.to(dtype)) for layer in layers),
+            residual=self.residual == "normalized",
+            eps=self.layer_norm_mask.eps,
+        )
         scores = relation_scores(
             pixels,
-            folded,
+            query,
             tokens if self.residual == "raw" else None,
             offset,
             self.layer_norm_feat.eps,
         )
-        return _unit_length(scores)
+        return unit_length(scores)
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""
@@ -120,7 +115,7 @@ class DotProductRelation(nn.Module):
         dim = mask_tokens.shape[-1] if mask_tokens.ndim else 0
         features = flatten_features(image_embedding, mask_tokens, dim)
         pixels, tokens = (feature.double() for feature in features)
-        return _unit_length(tokens @ pixels.mT).to(compute_dtype(*features))
+        return unit_length(tokens @ pixels.mT).to(compute_dtype(*features))
 
 
 def flatten_features(
@@ -171,14 +166,3 @@ def flatten_features(
         **{f"{owner}image_embedding": image_embedding, f"{owner}mask_tokens": mask_tokens}
     )
     return pixels, tokens
-
-
-def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    return F.layer_norm(
-        x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps
-    )
-
-
-def _unit_length(scores: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(scores, dim=(1, 2), keepdim=True)
-    return scores / torch.where(norm == 0, 1.0, norm)

@@ -31,7 +31,7 @@ def relation_scores(
 
     Args:
         pixels: :math:`f`, shape `(B, P, D)`, of any strides and floating-point dtype.
-        query: :math:`w`, of zero mean over `D`, shape `(B, N, D)`, float32 or float64.
+        query: :math:`w`, shape `(B, N, D)`, float32 or float64.
         residual: :math:`v`, shape `(B, N, D)`, in the dtype of `query`, or None.
         offset: :math:`c`, shape `(B, N)`, in the dtype of `query`.
         eps: what is added to a pixel's variance.
@@ -48,17 +48,17 @@ def scores_by_blocks(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scores; their normalised part without `offset`; mean and 1 / deviation of each pixel."""
     dtype = ieee_dtype(query.dtype, query.device)
-    rows = (query if residual is None else torch.cat([query, residual], dim=1)).to(dtype)
+    rows = _rows(query, residual).to(dtype)
     products = rows.new_empty(*rows.shape[:2], pixels.shape[1])
     mean, variance = rows.new_empty(pixels.shape[:2]), rows.new_empty(pixels.shape[:2])
     with torch.autocast(pixels.device.type, enabled=False):
         for b, p in _blocks(pixels, whole=pixels.dtype == dtype):
             block = pixels[b, p].to(dtype)
+            _moments(block, mean[b, p], variance[b, p])
             if block.stride(2) == 1:
                 products[b, :, p] = (block @ rows[b].mT).mT
             else:
                 products[b, :, p] = rows[b] @ block.mT
-            _moments(block, mean[b, p], variance[b, p])
     rstd = (variance + eps).rsqrt()
     normalized = products[:, : query.shape[1]] * rstd.unsqueeze(1)
     scores = normalized + offset.unsqueeze(2)
@@ -98,7 +98,7 @@ def gradients_by_blocks(
     """Gradients of `pixels`, `query` and `residual`; the first and the last empty if not wanted."""
     dtype = ieee_dtype(query.dtype, query.device)
     scaled = grad * rstd.unsqueeze(1)
-    rows = (query if residual is None else torch.cat([query, residual], dim=1)).to(dtype)
+    rows = _rows(query, residual).to(dtype)
     weights = (scaled if residual is None else torch.cat([scaled, grad], dim=1)).to(dtype)
     # The deviation's derivative is along f - mu.
     shrink = (grad * normalized).sum(dim=1) * rstd.square() / -pixels.shape[2]
@@ -175,6 +175,50 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
 op.register_autograd(_backward, setup_context=_save_for_backward)
 
 
+def unit_length(scores: Tensor) -> Tensor:
+    """Each sample of `(B, N, P)` divided by its length; a zero sample stays zero.
+
+    The result has no second derivative.
+    """
+    relation: Tensor = _unit_length(scores)[0]
+    return relation
+
+
+@torch.library.custom_op("renyi_kd::unit_length", mutates_args=())
+def _unit_length(scores: Tensor) -> tuple[Tensor, Tensor]:
+    length = torch.linalg.vector_norm(scores, dim=(1, 2), keepdim=True)
+    length.masked_fill_(length == 0, 1.0)
+    return scores / length, length
+
+
+@_unit_length.register_fake
+def _(scores: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(scores), scores.new_empty(scores.shape[0], 1, 1)
+
+
+@torch.library.custom_op("renyi_kd::unit_length_backward", mutates_args=())
+def _unit_length_backward(grad: Tensor, relation: Tensor, length: Tensor) -> Tensor:
+    along = (grad * relation).sum(dim=(1, 2), keepdim=True)
+    return torch.addcmul(grad, relation, along, value=-1).div_(length)
+
+
+@_unit_length_backward.register_fake
+def _(grad: Tensor, relation: Tensor, length: Tensor) -> Tensor:
+    return torch.empty_like(relation)
+
+
+def _save_relation(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output)
+
+
+def _backward_of_unit_length(ctx: Any, grad: Tensor | None, _: None) -> Tensor | None:
+    return None if grad is None else _unit_length_backward(grad, *ctx.saved_tensors)
+
+
+_unit_length.register_autograd(_backward_of_unit_length, setup_context=_save_relation)
+
+
 def _blocks(pixels: Tensor, *, whole: bool = False) -> Iterator[tuple[slice, slice]]:
     """Slices of samples and of places that cut a map into blocks; one of each if `whole`."""
     samples, places, dim = pixels.shape
@@ -186,6 +230,12 @@ def _blocks(pixels: Tensor, *, whole: bool = False) -> Iterator[tuple[slice, sli
     for b in range(0, samples, samples_step):
         for p in range(0, places, places_step):
             yield slice(b, b + samples_step), slice(p, p + places_step)
+
+
+def _rows(query: Tensor, residual: Tensor | None) -> Tensor:
+    """What the pixels are multiplied with. A centred query does not feel their mean."""
+    query = query - query.mean(dim=2, keepdim=True)
+    return query if residual is None else torch.cat([query, residual], dim=1)
 
 
 def _moments(pixels: Tensor, mean: Tensor, variance: Tensor) -> None:
