@@ -2,6 +2,7 @@
 
 from typing import Literal, TypeAlias, get_args
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -46,9 +47,11 @@ class RelationModule(nn.Module):
           parameters, at least float32. A zero map stays zero.
 
     Note:
-        The arithmetic is float64, which neither autocast nor `torch.set_float32_matmul_precision`
-        touches, forward or backward. The parameter names are those of the authors' release, so
-        that its relation module loads with `load_state_dict`.
+        The arithmetic is that of the result's dtype, by IEEE rules whatever autocast and
+        `torch.set_float32_matmul_precision` allow, forward and backward. The map is read once and
+        nothing of its size is kept for backward; there is no second derivative. The parameter
+        names are those of the authors' release, so that its relation module loads with
+        `load_state_dict`.
 
     Example:
         >>> relation = RelationModule(dim=8)
@@ -114,8 +117,9 @@ class DotProductRelation(nn.Module):
         check_floating("mask_tokens", mask_tokens)
         dim = mask_tokens.shape[-1] if mask_tokens.ndim else 0
         features = flatten_features(image_embedding, mask_tokens, dim)
-        pixels, tokens = (feature.double() for feature in features)
-        return unit_length(tokens @ pixels.mT).to(compute_dtype(*features))
+        pixels, tokens = features[0], features[1].to(compute_dtype(*features))
+        no_query, no_offset = torch.zeros_like(tokens), tokens.new_zeros(tokens.shape[:2])
+        return unit_length(relation_scores(pixels, no_query, tokens, no_offset, eps=1.0))
 
 
 def flatten_features(
