@@ -186,20 +186,22 @@ def unit_length(scores: Tensor) -> Tensor:
 
 @torch.library.custom_op("renyi_kd::unit_length", mutates_args=())
 def _unit_length(scores: Tensor) -> tuple[Tensor, Tensor]:
-    length = torch.linalg.vector_norm(scores, dim=(1, 2), keepdim=True)
+    # In float64 neither large nor small features leave its range.
+    length = torch.linalg.vector_norm(scores, dim=(1, 2), keepdim=True, dtype=torch.float64)
     length.masked_fill_(length == 0, 1.0)
-    return scores / length, length
+    return (scores / length).to(scores.dtype), length
 
 
 @_unit_length.register_fake
 def _(scores: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(scores), scores.new_empty(scores.shape[0], 1, 1)
+    length = scores.new_empty(scores.shape[0], 1, 1, dtype=torch.float64)
+    return torch.empty_like(scores), length
 
 
 @torch.library.custom_op("renyi_kd::unit_length_backward", mutates_args=())
 def _unit_length_backward(grad: Tensor, relation: Tensor, length: Tensor) -> Tensor:
     along = (grad * relation).sum(dim=(1, 2), keepdim=True)
-    return torch.addcmul(grad, relation, along, value=-1).div_(length)
+    return (torch.addcmul(grad, relation, along, value=-1) / length).to(grad.dtype)
 
 
 @_unit_length_backward.register_fake
