@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from renyi_kd import gram, scores, spectral
+from renyi_kd import gram, joint, scores, spectral
 
 # Elements of a map that one program holds in registers at a time.
 _TILE = 8192
@@ -166,6 +166,69 @@ def _gram_kernel(
 
 
 @triton.jit
+def _cosine(grams, which, n, BLOCK: tl.constexpr):
+    """Cosines of the samples in one of the raw Gram matrices, and the samples' reciprocal norms."""
+    i = tl.arange(0, BLOCK)
+    gram = grams + which * n * n
+    diagonal = tl.load(gram + i * (n + 1), mask=i < n, other=1.0)
+    zero = diagonal == 0
+    scale = tl.where(zero, 0.0, 1 / tl.sqrt(diagonal))
+    inside = (i < n)[:, None] & (i < n)[None, :]
+    raw = tl.load(gram + i[:, None] * n + i[None, :], mask=inside, other=0.0)
+    zero_pairs = tl.where(zero[:, None] & zero[None, :], 1.0, 0.0)
+    return raw * scale[:, None] * scale[None, :] + zero_pairs, scale
+
+
+@triton.jit
+def _joint_kernel(grams, joint, n, BLOCK: tl.constexpr):
+    which = tl.program_id(0)
+    t, _ = _cosine(grams, 0, n, BLOCK)
+    s, _ = _cosine(grams, 1, n, BLOCK)
+    i, _ = _cosine(grams, 2, n, BLOCK)
+    m, _ = _cosine(grams, 3, n, BLOCK)
+    product = t
+    product = tl.where(which == 1, s, product)
+    product = tl.where(which == 2, i * m, product)
+    product = tl.where(which == 3, i * m * t, product)
+    product = tl.where(which == 4, t * s, product)
+    at = tl.arange(0, BLOCK)
+    to = joint + which * n * n + at[:, None] * n + at[None, :]
+    tl.store(to, product / n, mask=(at < n)[:, None] & (at < n)[None, :])
+
+
+@triton.jit
+def _joint_backward_kernel(
+    grad, grams, grad_grams, n, TRAINS_RELATION: tl.constexpr, BLOCK: tl.constexpr
+):
+    which = tl.program_id(0)
+    row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    inside = (row < n) & (column < n)
+    at = row * n + column
+    t, _ = _cosine(grams, 0, n, BLOCK)
+    s, _ = _cosine(grams, 1, n, BLOCK)
+    i, _ = _cosine(grams, 2, n, BLOCK)
+    m, _ = _cosine(grams, 3, n, BLOCK)
+    cosine, scale = _cosine(grams, which, n, BLOCK)
+    of_imt = tl.load(grad + 3 * n * n + at, mask=inside, other=0.0)
+    of_ts = tl.load(grad + 4 * n * n + at, mask=inside, other=0.0)
+    own = tl.load(grad + tl.minimum(which, 2) * n * n + at, mask=inside, other=0.0)
+    of_im = own + of_imt * t
+    of_t = own + of_imt * i * m
+    if TRAINS_RELATION:
+        of_t += of_ts * s
+    of_cosine = of_t
+    of_cosine = tl.where(which == 1, own + of_ts * t, of_cosine)
+    of_cosine = tl.where(which == 2, of_im * m, of_cosine)
+    of_cosine = tl.where(which == 3, of_im * i, of_cosine) / n
+
+    felt = of_cosine * cosine
+    of_diagonal = (tl.sum(felt, axis=0) + tl.sum(felt, axis=1)) * scale * scale / -2
+    of_gram = of_cosine * scale[:, None] * scale[None, :]
+    of_gram += tl.where(row == column, of_diagonal[:, None], 0.0)
+    tl.store(grad_grams + which * n * n + at, of_gram, mask=inside)
+
+
+@triton.jit
 def _jacobi_kernel(
     matrices,
     eigenvalues,
@@ -295,6 +358,32 @@ def sample_gram(rows: Tensor) -> Tensor:
     return partial.sum(dim=0)
 
 
+def joint_grams(grams: Tensor) -> Tensor:
+    """As `renyi_kd.joint`, in one launch."""
+    n = grams.shape[-1]
+    joint = grams.new_empty(5, n, n)
+    block = triton.next_power_of_2(n)
+    _joint_kernel[(5,)](grams.contiguous(), joint, n, BLOCK=block, num_warps=_warps(block))
+    return joint
+
+
+def joint_grams_backward(grad: Tensor, grams: Tensor, trains_relation: bool) -> Tensor:
+    """As `renyi_kd.joint`, in one launch."""
+    n = grams.shape[-1]
+    grad_grams = grams.new_empty(4, n, n)
+    block = triton.next_power_of_2(n)
+    _joint_backward_kernel[(4,)](
+        grad.contiguous(),
+        grams.contiguous(),
+        grad_grams,
+        n,
+        TRAINS_RELATION=trains_relation,
+        BLOCK=block,
+        num_warps=_warps(block),
+    )
+    return grad_grams
+
+
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, in no order, and eigenvectors of symmetric float64 matrices, in one launch."""
     n = matrices.shape[-1]
@@ -307,9 +396,13 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
         n,
         SWEEPS=_SWEEPS[block],
         BLOCK=block,
-        num_warps=1 if block <= 8 else 4,
+        num_warps=_warps(block),
     )
     return eigenvalues, eigenvectors
+
+
+def _warps(block: int) -> int:
+    return 1 if block <= 8 else 4 if block <= 32 else 8
 
 
 def _tile(places: int, dim: int) -> tuple[int, int]:
@@ -349,6 +442,20 @@ def _(samples: Tensor) -> Tensor:
     if samples.dtype == torch.float64 or not gram.is_long(rows) or rows.shape[0] > _MAX_BATCH:
         return gram.gram_by_blocks(samples)
     return sample_gram(rows)
+
+
+@joint.op.register_kernel("cuda")
+def _(grams: Tensor, distillation_trains_relation: bool) -> Tensor:
+    if grams.shape[-1] > _MAX_BATCH:
+        return joint.joint_by_operators(grams, distillation_trains_relation)
+    return joint_grams(grams)
+
+
+@joint.backward_op.register_kernel("cuda")
+def _(grad: Tensor, grams: Tensor, distillation_trains_relation: bool) -> Tensor:
+    serves = grams.shape[-1] <= _MAX_BATCH
+    route = joint_grams_backward if serves else joint.gradient_by_operators
+    return route(grad, grams, distillation_trains_relation)
 
 
 @spectral.op.register_kernel("cuda")
