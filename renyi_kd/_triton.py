@@ -17,7 +17,9 @@ _TILE = 8192
 # matrix: what each of them sums is added up afterwards, in the same order in every run.
 _PIXEL_SPLITS = 32
 _FEATURE_SPLITS = 256
+# What fits into the registers of a program.
 _MAX_CHANNELS = 2048
+_MAX_TOKENS = 16
 _MAX_BATCH = 64
 
 # Jacobi sweeps after which matrices of a size are diagonal to rounding.
@@ -410,13 +412,23 @@ def _tile(places: int, dim: int) -> tuple[int, int]:
     return min(max(1, _TILE // block_d), triton.next_power_of_2(places)), block_d
 
 
+def _serves(pixels: Tensor, query: Tensor) -> bool:
+    fits = pixels.shape[2] <= _MAX_CHANNELS and query.shape[1] <= _MAX_TOKENS
+    return fits and query.dtype == torch.float32
+
+
+def _on_device_of(tensor: Tensor) -> torch.cuda.device:
+    """Triton launches on the current device, whatever the tensors are on."""
+    return torch.cuda.device(tensor.device)
+
+
 @scores.op.register_kernel("cuda")
 def _(
     pixels: Tensor, query: Tensor, residual: Tensor | None, offset: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    serves = query.dtype == torch.float32 and pixels.shape[2] <= _MAX_CHANNELS
-    route = relation_scores if serves else scores.scores_by_blocks
-    return route(pixels, query, residual, offset, eps)
+    route = relation_scores if _serves(pixels, query) else scores.scores_by_blocks
+    with _on_device_of(pixels):
+        return route(pixels, query, residual, offset, eps)
 
 
 @scores.backward_op.register_kernel("cuda")
@@ -431,9 +443,11 @@ def _(
     for_pixels: bool,
     for_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    serves = query.dtype == torch.float32 and pixels.shape[2] <= _MAX_CHANNELS
-    route = relation_scores_backward if serves else scores.gradients_by_blocks
-    return route(grad, pixels, query, residual, normalized, mean, rstd, for_pixels, for_residual)
+    route = relation_scores_backward if _serves(pixels, query) else scores.gradients_by_blocks
+    with _on_device_of(pixels):
+        return route(
+            grad, pixels, query, residual, normalized, mean, rstd, for_pixels, for_residual
+        )
 
 
 @gram.op.register_kernel("cuda")
@@ -441,23 +455,30 @@ def _(samples: Tensor) -> Tensor:
     rows = gram.in_memory_order(samples).flatten(1)
     if samples.dtype == torch.float64 or not gram.is_long(rows) or rows.shape[0] > _MAX_BATCH:
         return gram.gram_by_blocks(samples)
-    return sample_gram(rows)
+    with _on_device_of(samples):
+        return sample_gram(rows)
 
 
 @joint.op.register_kernel("cuda")
 def _(grams: Tensor, distillation_trains_relation: bool) -> Tensor:
     if grams.shape[-1] > _MAX_BATCH:
         return joint.joint_by_operators(grams, distillation_trains_relation)
-    return joint_grams(grams)
+    with _on_device_of(grams):
+        return joint_grams(grams)
 
 
 @joint.backward_op.register_kernel("cuda")
 def _(grad: Tensor, grams: Tensor, distillation_trains_relation: bool) -> Tensor:
     serves = grams.shape[-1] <= _MAX_BATCH
     route = joint_grams_backward if serves else joint.gradient_by_operators
-    return route(grad, grams, distillation_trains_relation)
+    with _on_device_of(grams):
+        return route(grad, grams, distillation_trains_relation)
 
 
 @spectral.op.register_kernel("cuda")
 def _(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    return eigh(matrices) if matrices.shape[-1] <= spectral.SMALL else torch.linalg.eigh(matrices)
+    if matrices.shape[-1] > spectral.SMALL:
+        eigenvalues, eigenvectors = torch.linalg.eigh(matrices)
+        return eigenvalues, eigenvectors
+    with _on_device_of(matrices):
+        return eigh(matrices)
