@@ -1,0 +1,195 @@
+"""The Triton kernels against the PyTorch forms in float64: in the interpreter, or on a GPU."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from renyi_kd import InfoSAMDistiller, joint, scores
+
+pytest.importorskip("triton")
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+
+from renyi_kd import _triton  # noqa: E402
+
+LAYOUTS = {
+    "channels first": lambda x: x.mT.contiguous().mT,
+    "channels last": lambda x: x,
+    "strided": lambda x: torch.stack([x, torch.zeros_like(x)], dim=-1)[..., 0],
+}
+over_layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+over_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a GPU")
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    return ((value.double() - reference).norm() / reference.norm().clamp(min=1e-30)).item()
+
+
+def exact(x):
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+# Batch, pixels, channels, tokens.
+@pytest.mark.parametrize("size", [(2, 35, 20, 1), (3, 1, 7, 3), (2, 70, 300, 2)], ids=str)
+@pytest.mark.parametrize("raw", [True, False])
+@over_layouts
+@over_dtypes
+def test_scores(size, raw, layout, dtype, monkeypatch):
+    monkeypatch.setattr(_triton, "_TILE", 2048)  # several tiles
+    monkeypatch.setattr(_triton, "_PIXEL_SPLITS", 2)
+    batch, places, dim, tokens = size
+    pixels = layout((draw(batch, places, dim) + 3).to(dtype))
+    query, offset = draw(batch, tokens, dim, seed=1), draw(batch, tokens, seed=2)
+    residual = draw(batch, tokens, dim, seed=3) if raw else None
+
+    forward = pixels, query, residual, offset, 1e-5
+    values = _triton.relation_scores(*forward)
+    expected = scores.scores_by_blocks(*map(exact, forward))
+    for value, reference in zip(values, expected, strict=True):
+        assert value.shape == reference.shape
+        assert relative_error(value, reference) < 3e-6
+
+    grad = draw(batch, tokens, places, seed=4)
+    for wanted in [(True, raw), (False, raw), (True, False)]:
+        backward = grad, pixels, query, residual, *values[1:], *wanted
+        gradients = _triton.relation_scores_backward(*backward)
+        references = scores.gradients_by_blocks(*map(exact, backward))
+        for value, reference in zip(gradients, references, strict=True):
+            assert value.shape == reference.shape
+            # The interpreter cuts to bfloat16 where a GPU rounds.
+            rounding = 2 * torch.finfo(value.dtype).eps if value.dtype.itemsize == 2 else 0
+            assert relative_error(value, reference) < 3e-6 + rounding
+        if wanted[0] and not layout(pixels).is_contiguous():
+            assert gradients[0].stride() == torch.empty_like(pixels).stride()
+
+
+@over_dtypes
+@pytest.mark.parametrize("shape", [(2, 64), (5, 10_007), (20, 777)], ids=str)
+def test_sample_gram(shape, dtype):
+    rows = draw(*shape, dtype=dtype)
+    gram = _triton.sample_gram(rows)
+    assert gram.dtype == torch.float64
+    expected = rows.double() @ rows.double().mT
+    assert (gram - expected).abs().max() < 1e-7 * shape[1]
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 7, 16, 33])
+@pytest.mark.parametrize("trains_relation", [True, False])
+def test_joint_grams(n, trains_relation):
+    samples = draw(4, n, 5, dtype=torch.float64) + 1
+    samples[0, 1] = 0
+    samples[2, :2] = 0
+    grams = samples @ samples.mT
+    value = _triton.joint_grams(grams)
+    torch.testing.assert_close(value, joint.joint_by_operators(grams, trains_relation))
+    grad = draw(5, n, n, seed=1, dtype=torch.float64)
+    torch.testing.assert_close(
+        _triton.joint_grams_backward(grad, grams, trains_relation),
+        joint.gradient_by_operators(grad, grams, trains_relation),
+    )
+
+
+def spectra(n: int) -> Tensor:
+    """Symmetric matrices: random, repeated, graded to 1e-14, of low rank, nearly all ones."""
+    basis = torch.linalg.qr(draw(4, n, n, dtype=torch.float64)).Q
+    eigenvalues = torch.stack(
+        [
+            torch.linspace(1, 2, n),
+            (torch.arange(n) < (n + 1) // 2).double() + 1,
+            torch.logspace(0, -14, n, dtype=torch.float64),
+            (torch.arange(n) < 1).double(),
+        ]
+    ).to(basis)
+    matrices = (basis * eigenvalues.unsqueeze(1)) @ basis.mT
+    noise = 1e-9 * draw(n, n, seed=1, dtype=torch.float64)
+    ones = torch.ones(2, n, n).to(basis)
+    ones[1] += noise + noise.mT
+    identity = torch.eye(n).to(basis)[None]
+    return torch.cat([(matrices + matrices.mT) / 2, ones, identity])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 11, 16, 17, 32])
+def test_eigh(n):
+    matrices = spectra(n)
+    values, vectors = _triton.eigh(matrices)
+    expected = torch.linalg.eigvalsh(matrices)
+    largest = expected[:, -1:]
+    assert ((values.sort().values - expected).abs() / largest).max() < 1e-13
+    identity = torch.eye(n).to(vectors).expand_as(vectors)
+    torch.testing.assert_close(vectors @ vectors.mT, identity, rtol=0, atol=1e-12)
+    rebuilt = (vectors * values.unsqueeze(1)) @ vectors.mT
+    assert ((rebuilt - matrices).abs().amax(dim=2) / largest).max() < 1e-12
+
+
+# On a GPU
+
+
+def features(seed: int, *, train: bool = False) -> tuple[Tensor, Tensor]:
+    pair = draw(1, 64, 16, 16) + draw(4, 64, 16, 16, seed=seed), draw(4, 1, 64, seed=seed + 1)
+    return tuple(x.requires_grad_(train) for x in pair)
+
+
+def step(distiller: InfoSAMDistiller, teacher, student) -> tuple[Tensor, ...]:
+    loss = distiller(teacher, student)
+    return loss.detach(), *torch.autograd.grad(loss, [*student, *distiller.parameters()])
+
+
+over_alphas = pytest.mark.parametrize("alpha", [2, 3, 1.01])
+
+
+@needs_cuda
+@over_alphas
+def test_distiller_matches_float64(alpha):
+    torch.manual_seed(0)
+    distiller = InfoSAMDistiller(64, alpha=alpha)
+    pairs = features(1), features(2, train=True)
+    values = step(distiller.cuda(), *pairs)
+    pairs = [
+        tuple(x.detach().cpu().double().requires_grad_(x.requires_grad) for x in pair)
+        for pair in pairs
+    ]
+    for value, reference in zip(values, step(distiller.cpu().double(), *pairs), strict=True):
+        assert relative_error(value.cpu(), reference) < 1e-5
+
+
+@needs_cuda
+@over_alphas
+def test_nothing_waits_for_the_device(alpha):
+    distiller, pairs = (
+        InfoSAMDistiller(64, alpha=alpha).cuda(),
+        (features(1), features(2, train=True)),
+    )
+    step(distiller, *pairs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(distiller, *pairs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+@over_alphas
+def test_captured_in_a_graph(alpha):
+    distiller, pairs = (
+        InfoSAMDistiller(64, alpha=alpha).cuda(),
+        (features(1), features(2, train=True)),
+    )
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(distiller, *pairs)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(distiller, *pairs)
+    with torch.no_grad():
+        pairs[1][0].copy_(features(5)[0])
+    graph.replay()
+    for value, reference in zip(captured, step(distiller, *pairs), strict=True):
+        torch.testing.assert_close(value, reference, rtol=0, atol=0)
