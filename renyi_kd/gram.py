@@ -21,7 +21,7 @@ from renyi_kd._checks import (
 from renyi_kd._precision import compute_dtype, ieee_dtype
 
 # Inner products of maps of at least `_LONG` features are summed in float32 over chunks of `_CHUNK`
-# and in float64 over the chunks. Rounding errors of 6e-8 average out to some 1e-9, and to 1e-8 where
+# and in float64 over the chunks. Rounding errors of 6e-8 average out to some 1e-9, or to 1e-8 if
 # the features have half precision: squares of short numbers are rounded down more often than up.
 _LONG = 2**18
 _CHUNK = 128
