@@ -390,7 +390,8 @@ def joint_grams_backward(grad: Tensor, grams: Tensor, trains_relation: bool) -> 
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, in no order, and eigenvectors of symmetric float64 matrices, in one launch."""
     n = matrices.shape[-1]
-    eigenvalues, eigenvectors = matrices.new_empty(matrices.shape[:-1]), torch.empty_like(matrices)
+    eigenvalues = matrices.new_empty(matrices.shape[:-1])
+    eigenvectors = matrices.new_empty(matrices.shape)
     block = triton.next_power_of_2(n)
     _jacobi_kernel[(matrices[..., 0, 0].numel(),)](
         matrices.contiguous(),
@@ -478,8 +479,8 @@ def _(grad: Tensor, grams: Tensor, distillation_trains_relation: bool) -> Tensor
 
 @spectral.op.register_kernel("cuda")
 def _(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    if matrices.shape[-1] > spectral.SMALL:
+    if matrices.shape[-1] > spectral.SMALL or not hasattr(tl, "gather"):  # Triton before 3.3
         eigenvalues, eigenvectors = torch.linalg.eigh(matrices)
-        return eigenvalues, eigenvectors
+        return eigenvalues, eigenvectors.contiguous()
     with _on_device_of(matrices):
         return eigh(matrices)

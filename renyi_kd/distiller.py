@@ -200,8 +200,10 @@ class InfoSAMDistiller(nn.Module):
         - output: scalar, in the promoted dtype of features and parameters, at least float32.
 
     Note:
-        At alpha 2 and other integers up to 32 nothing waits for the device; at other orders CUDA's
-        eigenvalues do. Non-finite features give a non-finite loss and gradients.
+        At alpha 2 and other integers up to 32, and with Triton >= 3.3 at every order up to 32
+        samples, nothing waits for a CUDA device. Each map is read once forward and once backward,
+        and nothing of its size is kept for backward. There is no second derivative. Non-finite
+        features give a non-finite loss and gradients.
 
     Example:
         >>> distiller = InfoSAMDistiller(dim=8)

@@ -200,6 +200,7 @@ def _(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("renyi_kd::unit_length_backward", mutates_args=())
 def _unit_length_backward(grad: Tensor, relation: Tensor, length: Tensor) -> Tensor:
+    grad = grad.contiguous()
     along = (grad * relation).sum(dim=(1, 2), keepdim=True)
     return (torch.addcmul(grad, relation, along, value=-1) / length).to(grad.dtype)
 

@@ -20,7 +20,7 @@ Method: TypeAlias = Literal["frobenius", "power", "eigvalsh"]
 # Beyond it n^(1 - alpha) nears the end of float64's range, and eigenvalues cost no more.
 MAX_POWER = 32
 
-# Up to it the eigenvalues of a stack take one launch on CUDA, and nothing waits for them.
+# Up to it the eigenvalues of a stack can take one launch on CUDA, for which nothing waits.
 SMALL = 32
 
 
@@ -143,12 +143,12 @@ def _eigenvalues(matrix: Tensor) -> Tensor:
 def op(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, in any order, and eigenvectors; cuSOLVER's would make the device wait."""
     eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
-    return eigenvalues, eigenvectors
+    return eigenvalues, eigenvectors.contiguous()
 
 
 @op.register_fake
 def _(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    return matrix.new_empty(matrix.shape[:-1]), torch.empty_like(matrix)
+    return matrix.new_empty(matrix.shape[:-1]), matrix.new_empty(matrix.shape)
 
 
 @torch.library.custom_op("renyi_kd::eigh_backward", mutates_args=())

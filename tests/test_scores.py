@@ -194,7 +194,7 @@ def test_second_derivatives_are_refused(function, inputs):
     output = function(*arguments)
     output = output[0] if isinstance(output, tuple) else output
     (gradient,) = torch.autograd.grad(output.square().sum(), arguments[0], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"no autograd formula|not registered|autograd"):
+    with pytest.raises(RuntimeError, match="no autograd formula"):
         torch.autograd.grad(gradient.sum(), arguments[0])
 
 
@@ -207,6 +207,8 @@ def test_registration():
     check(torch.ops.renyi_kd.unit_length.default, (leaf(2, 3, 4),))
     check(torch.ops.renyi_kd.sample_gram.default, (leaf(2, 3, 4),))
     check(torch.ops.renyi_kd.joint_grams.default, (raw_grams().requires_grad_(), True))
+    check(torch.ops.renyi_kd.eigh.default, (raw_grams().requires_grad_(),))
+    check(torch.ops.renyi_kd.eigh.default, (raw_grams().requires_grad_(),))
     arguments = [leaf(*shape, seed=i) for i, shape in enumerate(FOLD_SHAPES)]
     check(torch.ops.renyi_kd.fold.default, (*arguments, True, 1e-5))
 
@@ -237,7 +239,7 @@ def test_sample_gram(layout, dtype, dense):
     samples = draw(3, 5, 6, 7, dtype=dtype).permute(layout)
     samples = samples if dense else samples[:, ::2, 1:]
     rows = samples.double().flatten(1)
-    torch.testing.assert_close(sample_gram(samples), rows @ rows.mT)
+    torch.testing.assert_close(sample_gram(samples), rows @ rows.mT, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -262,10 +264,11 @@ def test_sample_gram_passes_a_gradient():
 
 
 def test_image_embedding_may_train():
-    relation, embedding = draw(4, 9), leaf(4, 5, 3, seed=1)
-    terms = infosam_terms(relation, relation, embedding, draw(4, 2, seed=2))
-    (gradient,) = torch.autograd.grad(terms.loss, embedding)
-    assert gradient.norm() > 0
+    relation, tokens = draw(4, 9), draw(4, 2, seed=2)
+    assert torch.autograd.gradcheck(
+        lambda embedding: infosam_terms(relation, relation, embedding, tokens).loss,
+        leaf(4, 5, 3, seed=1),
+    )
 
 
 # Precision, memory, determinism
@@ -313,11 +316,11 @@ def test_the_graph_holds_the_maps_and_nothing_of_their_size():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         distiller(teacher, student)
-    of_scores = batch * tokens * side**2 * 4
-    # Of each map: the normalised scores and the relation, the relation in float64, mean and
-    # deviation of each pixel. The vectors of a token are four times 13 more.
+    of_scores, of_tokens = (batch * tokens * size * 4 for size in (side**2, dim))
+    # Of each map: normalised scores, relation, relation in float64, mean and deviation of the
+    # pixels, and four vectors a token; of both, some (B, B) matrices.
     assert max(held.values()) <= 2 * of_scores
-    assert sum(held.values()) <= 2 * 6 * of_scores + 80 * batch * tokens * dim * 4
+    assert sum(held.values()) <= 2 * 6 * of_scores + 12 * of_tokens
 
 
 def test_deterministic():
@@ -336,10 +339,9 @@ def test_deterministic():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("layout", ["channels first", "channels last"])
-def test_a_non_finite_pixel_shows(bad, layout):
+def test_a_non_finite_pixel_shows_in_channels_last(bad):
     module = make_relation(6, "raw").float()
     pixels = draw(2, 9, 6).float()
     pixels[1, 3, 2] = bad
-    values = results(module, module, LAYOUTS[layout](pixels), draw(2, 1, 6, seed=1).float())
+    values = results(module, module, pixels, draw(2, 1, 6, seed=1).float())
     assert all(not value.isfinite().all() for value in values)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from renyi_kd import InfoSAMDistiller, joint, scores
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
@@ -65,7 +65,7 @@ def test_scores(size, raw, layout, dtype, monkeypatch):
             # The interpreter cuts to bfloat16 where a GPU rounds.
             rounding = 2 * torch.finfo(value.dtype).eps if value.dtype.itemsize == 2 else 0
             assert relative_error(value, reference) < 3e-6 + rounding
-        if wanted[0] and not layout(pixels).is_contiguous():
+        if wanted[0]:
             assert gradients[0].stride() == torch.empty_like(pixels).stride()
 
 
@@ -79,6 +79,7 @@ def test_sample_gram(shape, dtype):
     assert (gram - expected).abs().max() < 1e-7 * shape[1]
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # in what `where` drops
 @pytest.mark.parametrize("n", [2, 3, 4, 7, 16, 33])
 @pytest.mark.parametrize("trains_relation", [True, False])
 def test_joint_grams(n, trains_relation):
@@ -114,6 +115,7 @@ def spectra(n: int) -> Tensor:
     return torch.cat([(matrices + matrices.mT) / 2, ones, identity])
 
 
+@pytest.mark.skipif(not hasattr(triton.language, "gather"), reason="needs Triton 3.3")
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 11, 16, 17, 32])
 def test_eigh(n):
     matrices = spectra(n)
@@ -131,12 +133,20 @@ def test_eigh(n):
 # On a GPU
 
 
-def features(seed: int, *, train: bool = False) -> tuple[Tensor, Tensor]:
-    pair = draw(1, 64, 16, 16) + draw(4, 64, 16, 16, seed=seed), draw(4, 1, 64, seed=seed + 1)
-    return tuple(x.requires_grad_(train) for x in pair)
+def features(seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    common, own = draw(1, 64, 16, 16, dtype=dtype), draw(4, 64, 16, 16, seed=seed, dtype=dtype)
+    return common + own, draw(4, 1, 64, seed=seed + 1, dtype=dtype)
+
+
+def make_step(alpha: float, dtype: torch.dtype = torch.float32):
+    """A distiller, teacher and student."""
+    torch.manual_seed(0)
+    distiller = InfoSAMDistiller(64, alpha=alpha).to(DEVICE, dtype)
+    return distiller, features(1, dtype), tuple(x.requires_grad_() for x in features(3, dtype))
 
 
 def step(distiller: InfoSAMDistiller, teacher, student) -> tuple[Tensor, ...]:
+    """The loss and all gradients."""
     loss = distiller(teacher, student)
     return loss.detach(), *torch.autograd.grad(loss, [*student, *distiller.parameters()])
 
@@ -146,51 +156,51 @@ over_alphas = pytest.mark.parametrize("alpha", [2, 3, 1.01])
 
 @needs_cuda
 @over_alphas
-def test_distiller_matches_float64(alpha):
-    torch.manual_seed(0)
-    distiller = InfoSAMDistiller(64, alpha=alpha)
-    pairs = features(1), features(2, train=True)
-    values = step(distiller.cuda(), *pairs)
-    pairs = [
-        tuple(x.detach().cpu().double().requires_grad_(x.requires_grad) for x in pair)
-        for pair in pairs
-    ]
-    for value, reference in zip(values, step(distiller.cpu().double(), *pairs), strict=True):
-        assert relative_error(value.cpu(), reference) < 1e-5
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
+def test_distiller_matches_the_cpu_in_float64(alpha, dtype, tolerance):
+    distiller, *pairs = make_step(alpha, dtype)
+    values = step(distiller, *pairs)
+    teacher, student = ([x.detach().cpu().double() for x in pair] for pair in pairs)
+    references = step(distiller.cpu().double(), teacher, [x.requires_grad_() for x in student])
+    for value, reference in zip(values, references, strict=True):
+        assert relative_error(value.cpu(), reference) < tolerance
 
 
 @needs_cuda
 @over_alphas
 def test_nothing_waits_for_the_device(alpha):
-    distiller, pairs = (
-        InfoSAMDistiller(64, alpha=alpha).cuda(),
-        (features(1), features(2, train=True)),
-    )
-    step(distiller, *pairs)
+    arguments = make_step(alpha)
+    step(*arguments)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(distiller, *pairs)
+        step(*arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @needs_cuda
 @over_alphas
+def test_deterministic(alpha):
+    arguments = make_step(alpha)
+    for first, second in zip(step(*arguments), step(*arguments), strict=True):
+        assert torch.equal(first, second)
+
+
+@needs_cuda
+@over_alphas
 def test_captured_in_a_graph(alpha):
-    distiller, pairs = (
-        InfoSAMDistiller(64, alpha=alpha).cuda(),
-        (features(1), features(2, train=True)),
-    )
+    distiller, teacher, student = make_step(alpha)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            step(distiller, *pairs)
-    stream.synchronize()
+            step(distiller, teacher, student)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(distiller, *pairs)
+        captured = step(distiller, teacher, student)
     with torch.no_grad():
-        pairs[1][0].copy_(features(5)[0])
+        student[0].copy_(features(5, torch.float32)[0])
     graph.replay()
-    for value, reference in zip(captured, step(distiller, *pairs), strict=True):
-        torch.testing.assert_close(value, reference, rtol=0, atol=0)
+    for value, reference in zip(captured, step(distiller, teacher, student), strict=True):
+        assert relative_error(value, reference) < 1e-6
