@@ -208,7 +208,6 @@ def test_registration():
     check(torch.ops.renyi_kd.sample_gram.default, (leaf(2, 3, 4),))
     check(torch.ops.renyi_kd.joint_grams.default, (raw_grams().requires_grad_(), True))
     check(torch.ops.renyi_kd.eigh.default, (raw_grams().requires_grad_(),))
-    check(torch.ops.renyi_kd.eigh.default, (raw_grams().requires_grad_(),))
     arguments = [leaf(*shape, seed=i) for i, shape in enumerate(FOLD_SHAPES)]
     check(torch.ops.renyi_kd.fold.default, (*arguments, True, 1e-5))
 

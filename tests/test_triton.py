@@ -126,7 +126,7 @@ def test_eigh(n):
     identity = torch.eye(n).to(vectors).expand_as(vectors)
     torch.testing.assert_close(vectors @ vectors.mT, identity, rtol=0, atol=1e-12)
     rebuilt = (vectors * values.unsqueeze(1)) @ vectors.mT
-    # Couplings inside of the space of a repeated eigenvalue fade last, and hurt no function of it.
+    # Eigenvectors converge after the eigenvalues, whose error is of second order in theirs.
     assert ((rebuilt - matrices).abs().amax(dim=2) / largest).max() < 1e-10
 
 
@@ -139,7 +139,7 @@ def features(seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def make_step(alpha: float, dtype: torch.dtype = torch.float32):
-    """A distiller, teacher and student."""
+    """The arguments of `step`: a distiller, teacher and student."""
     torch.manual_seed(0)
     distiller = InfoSAMDistiller(64, alpha=alpha).to(DEVICE, dtype)
     return distiller, features(1, dtype), tuple(x.requires_grad_() for x in features(3, dtype))
