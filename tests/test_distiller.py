@@ -206,7 +206,9 @@ def test_scale_of_the_features_does_not_matter(scale: float) -> None:
     torch.testing.assert_close(distiller.terms(*scaled), distiller.terms(teacher, student))
 
 
-def test_backward_keeps_its_precision_under_reduced_matmul_precision_and_autocast() -> None:
+# One at a time: reduced matmul precision makes products float64, which autocast leaves alone.
+@pytest.mark.parametrize(("autocast", "matmul_precision"), [(True, "highest"), (False, "medium")])
+def test_precision_is_kept_where_less_is_allowed(autocast: bool, matmul_precision: str) -> None:
     def gradients() -> list[Tensor]:
         distiller, student = make_distiller(), trainable(features(2))
         loss = distiller(features(1), student)
@@ -214,9 +216,9 @@ def test_backward_keeps_its_precision_under_reduced_matmul_precision_and_autocas
 
     expected = gradients()
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision(matmul_precision)
     try:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             reduced = gradients()
     finally:
         torch.set_float32_matmul_precision(before)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from renyi_kd import InfoSAMDistiller, RelationModule, infosam_terms, scores
+from renyi_kd._precision import ieee_dtype
 from renyi_kd.folding import fold_query
 from renyi_kd.gram import sample_gram
 from renyi_kd.joint import joint_grams
@@ -273,18 +274,21 @@ def test_image_embedding_may_train():
 # Precision, memory, determinism
 
 
-@pytest.fixture
-def reduced_precision():
+# One at a time: under reduced precision products are in float64, which autocast leaves alone.
+@pytest.fixture(params=["autocast", "medium"])
+def reduced_precision(request):
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    with torch.autocast("cpu", torch.bfloat16):
+    if request.param == "medium":
+        torch.set_float32_matmul_precision("medium")
+    with torch.autocast("cpu", torch.bfloat16, enabled=request.param == "autocast"):
         yield
     torch.set_float32_matmul_precision(before)
 
 
+@over_residuals
 @pytest.mark.usefixtures("reduced_precision")
-def test_precision_is_kept_under_autocast_and_reduced_matmul_precision():
-    module = make_relation(64, "raw")
+def test_precision_is_kept_under_autocast_and_reduced_matmul_precision(residual):
+    module = make_relation(64, residual)
     pixels, tokens = draw(3, 200, 64).float(), draw(3, 1, 64, seed=1).float()
     values = results(module.float(), module, pixels, tokens)
     with torch.autocast("cpu", enabled=False):
@@ -297,6 +301,20 @@ def test_precision_is_kept_under_autocast_and_reduced_matmul_precision():
     for value, exact in zip(values, expected, strict=True):
         assert relative_error(value, exact) < 1e-6
     assert (sample_gram(rows.float()) - reference).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_reduced_matmul_precision_calls_for_float64(device):
+    """Many a CPU ignores the setting, so that no result there would show it."""
+    before = torch.get_float32_matmul_precision()
+    dtypes = []
+    try:
+        for precision in ("highest", "high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            dtypes.append(ieee_dtype(torch.float32, torch.device(device)))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert dtypes == [torch.float32, torch.float64, torch.float64]
 
 
 def test_the_graph_holds_the_maps_and_nothing_of_their_size():
