@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from measure import DEVICE, synchronize
-from textbook import entropy_by_eigenvalues
 
+from measure import DEVICE, synchronize
 from renyi_kd import rbf_kernel, renyi_entropy
+from textbook import entropy_by_eigenvalues
 
 ROUTES = {
     "textbook": lambda gram: entropy_by_eigenvalues(gram / gram.trace(), 1.01),

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from measure import DEVICE, bandwidth, launches, peak_memory, synchronize
-from textbook import Pair, infosam_loss
 
+from measure import DEVICE, bandwidth, launches, peak_memory, synchronize
 from renyi_kd import InfoSAMDistiller
+from textbook import Pair, infosam_loss
 
 D, H, W = 256, 64, 64
 MAP = 4 * D * H * W  # bytes a sample

@@ -12,6 +12,7 @@ import cpuinfo
 import matplotlib.pyplot as plt
 import pytest
 import torch
+
 from measure import DEVICE
 
 FOLDER = Path(__file__).parent

@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from scenes import SIZE, Scene, box_fill, everyday_scene, make_scenes
 from segment_anything.modeling import Sam
-from tiny_sam import WEIGHTS, build_tiny_sam, ious, load_teacher, noised, predict, segment
 from torch import Tensor
 from tqdm import trange
+
+from finetuning.prompts import noised
+from scenes import SIZE, Scene, box_fill, everyday_scene, make_scenes
+from tiny_sam import WEIGHTS, build_tiny_sam, ious, load_teacher, predict, segment
 
 POOL = 2048  # scenes to draw batches from; every step replaces the oldest few
 FRESH = 4  # new scenes a step, so that a scene is seen four times on average, mirrored or not

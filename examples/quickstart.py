@@ -18,38 +18,20 @@ from statistics import median
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from scenes import Scene, box_fill, make_scenes
 from segment_anything.modeling import Sam
-from tiny_sam import DIM, ious, load_teacher, noised, predict, segment
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
+from finetuning.loss import structure_loss
+from finetuning.prompts import noised
 from renyi_kd import FeatureCollector, InfoSAMDistiller, InfoSAMTerms
+from scenes import Scene, box_fill, make_scenes
+from tiny_sam import DIM, ious, load_teacher, predict, segment
 
 BATCH_SIZE = 4
 BLUE, ORANGE, YELLOW = "#0072b2", "#e69f00", "#f0e442"  # told apart by colour-blind readers
-
-
-def structure_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """Return weighted BCE plus weighted IoU loss; pixels near the boundary weigh up to six times.
-
-    L_ce of Eq. 15, from Fan et al., PraNet, MICCAI 2020.
-    """
-    masks = masks.float()
-    # A square mean of 31 by 31 pixels, as two passes along the axes: fifteen times as fast.
-    mean = F.avg_pool2d(masks, (31, 1), stride=1, padding=(15, 0))
-    mean = F.avg_pool2d(mean, (1, 31), stride=1, padding=(0, 15))
-    weight = 1 + 5 * (mean - masks).abs()
-
-    bce = F.binary_cross_entropy_with_logits(logits, masks, reduction="none")
-    bce = (weight * bce).sum((1, 2)) / weight.sum((1, 2))
-    p = logits.sigmoid()
-    intersection = (weight * p * masks).sum((1, 2))
-    union = (weight * (p + masks - p * masks)).sum((1, 2))
-    return (bce + 1 - (intersection + 1) / (union + 1)).mean()
 
 
 def make_student(teacher: Sam) -> Sam:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from scenes import Scene
 from segment_anything.modeling import (
     ImageEncoderViT,
     MaskDecoder,
@@ -17,6 +16,8 @@ from segment_anything.modeling import (
 )
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_jaccard_index
+
+from scenes import Scene
 
 WEIGHTS = Path(__file__).with_name("tiny_sam.safetensors")
 IMAGE_SIZE, PATCH_SIZE = 256, 16
@@ -64,8 +65,7 @@ def load_teacher(weights: Path = WEIGHTS) -> Sam:
 def predict(model: Sam, images: Tensor, boxes: Tensor) -> Tensor:
     """Segment one object in each picture.
 
-    ``Sam.forward`` is switched to ``no_grad`` and its decoder takes many prompts for one picture;
-    calling the parts gives gradients and one prompt for each of many pictures.
+    ``Sam.forward`` is switched to ``no_grad``; calling the parts gives gradients.
 
     Args:
         model: A ``Sam``, as it is or with a PEFT-wrapped image encoder.
@@ -77,7 +77,26 @@ def predict(model: Sam, images: Tensor, boxes: Tensor) -> Tensor:
     """
     pixels = images.permute(0, 3, 1, 2).float()
     embedding = model.image_encoder((pixels - model.pixel_mean) / model.pixel_std)
-    sparse, dense = model.prompt_encoder(points=None, boxes=boxes, masks=None)
+    logits = decode(model, embedding, boxes=boxes)[:, None]
+    return nn.functional.interpolate(logits, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")[:, 0]
+
+
+def decode(
+    model: Sam,
+    embedding: Tensor,
+    *,
+    boxes: Tensor | None = None,
+    points: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Return low-resolution mask logits (B, h, w), one prompt for each image embedding.
+
+    Args:
+        model: A ``Sam``.
+        embedding: Image embeddings, shape (B, D, h, w).
+        boxes: Pixels x0 y0 x1 y1, shape (B, 4).
+        points: Pixels x y, shape (B, P, 2), and labels, 1 on the object, shape (B, P).
+    """
+    sparse, dense = model.prompt_encoder(points=points, boxes=boxes, masks=None)
     # The decoder repeats one embedding over all prompts, then adds the dense prompt to it: a zero
     # embedding, and the pictures' own embeddings as part of the dense prompt, pair them off.
     logits, _ = model.mask_decoder(
@@ -87,13 +106,7 @@ def predict(model: Sam, images: Tensor, boxes: Tensor) -> Tensor:
         dense_prompt_embeddings=dense + embedding,
         multimask_output=False,
     )
-    return nn.functional.interpolate(logits, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")[:, 0]
-
-
-def noised(boxes: Tensor) -> Tensor:
-    """Move each side of the boxes (B, 4) by up to 5 % of the length, as a careless user would."""
-    lengths = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-    return boxes + lengths * (torch.rand_like(boxes) - 0.5) / 10
+    return logits[:, 0]
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""What the fine-tuning scripts share; each file is one idea and can be copied alone."""

@@ -1,0 +1,99 @@
+"""Checkpoints that a kill cannot spoil, and that training resumes from exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from finetuning.adaptation import load_trainable_state, trainable_state
+
+EPOCH, UNFINISHED = "epoch-", ".unfinished"
+
+
+def save(folder: Path, epoch: int, modules: dict[str, nn.Module], state: dict[str, Any]) -> Path:
+    """Write `epoch-NNN`: the trainable weights of the modules, and the state of everything else.
+
+    All is written and synced under another name first and then renamed, which either happens or
+    not: whenever the process dies or the disk is full, earlier checkpoints are whole and this one
+    is whole or absent.
+
+    Args:
+        folder: Of the run.
+        epoch: How many epochs are done.
+        modules: What trains, each into `<name>.safetensors`.
+        state: Tensors, numbers, strings, and dicts and lists of them, into `state.pt`.
+    """
+    target = of_epoch(folder, epoch)
+    unfinished = target.with_name(target.name + UNFINISHED)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        for name, module in modules.items():
+            weights = {k: v.contiguous().cpu() for k, v in trainable_state(module).items()}
+            save_file(weights, unfinished / f"{name}.safetensors")
+        torch.save(state, unfinished / "state.pt")
+        for path in (*unfinished.iterdir(), unfinished):
+            sync(path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    unfinished.rename(target)
+    sync(folder)
+    return target
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def of_epoch(folder: Path, epoch: int) -> Path:
+    """Return where the checkpoint after that many epochs is."""
+    return folder / f"{EPOCH}{epoch:03d}"
+
+
+def latest(folder: Path) -> Path | None:
+    """Return the last whole checkpoint of a run, if there is one."""
+    every = [path for path in folder.glob(f"{EPOCH}*") if path.suffix != UNFINISHED]
+    return max(every, default=None, key=lambda path: int(path.name.removeprefix(EPOCH)))
+
+
+def load_weights(checkpoint: Path, modules: dict[str, nn.Module]) -> None:
+    """Load the weights of the modules, adapted as those which were saved."""
+    for name, module in modules.items():
+        load_trainable_state(module, load_file(checkpoint / f"{name}.safetensors"))
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """Return the state that was saved beside the weights."""
+    return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is never seen half written."""
+    unfinished = path.with_name(path.name + UNFINISHED)
+    with unfinished.open("w", newline="", encoding="utf-8") as file:
+        file.write(text)
+    sync(unfinished)
+    unfinished.replace(path)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file that is never seen half written."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,78 @@
+"""From pictures of any size to the square a model sees, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+from numpy.typing import NDArray
+from torch import Tensor
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How a model wants its input: SAM scales the longest side and pads, SAM2 squeezes.
+
+    Equal to the packages' own preprocessing: the released code of the paper reads BGR and pads
+    before it normalises, which the models were not trained on.
+
+    Args:
+        size: Side of the square in pixels.
+        keep_aspect: Scale the longest side to `size` and pad right and below, as SAM does;
+            otherwise scale each axis to `size`, as SAM2 does.
+    """
+
+    size: int
+    keep_aspect: bool
+
+    def extent(self, height: int, width: int) -> tuple[int, int]:
+        """Return height and width of a picture inside of the square."""
+        if not self.keep_aspect:
+            return self.size, self.size
+        scale = self.size / max(height, width)
+        return int(height * scale + 0.5), int(width * scale + 0.5)
+
+    def image(self, rgb: NDArray[np.uint8]) -> Tensor:
+        """Return the normalised picture, (H, W, 3) to (3, size, size)."""
+        extent = [*self.extent(*rgb.shape[:2])]
+        # In the order of each package, so that rounding agrees: SAM scales 8-bit pictures.
+        if self.keep_aspect:
+            pixels = TF.to_tensor(TF.resize(TF.to_pil_image(rgb), extent))
+        else:
+            pixels = TF.resize(TF.to_tensor(rgb), extent, antialias=True)
+        return self._padded(TF.normalize(pixels, MEAN, STD))
+
+    def mask(self, mask: NDArray[np.bool_]) -> Tensor:
+        """Return the mask, bool (H, W) to (size, size); padding is background."""
+        scaled = F.interpolate(
+            torch.from_numpy(mask)[None, None].float(), self.extent(*mask.shape), mode="area"
+        )
+        return self._padded(scaled[0, 0] > 0.5)
+
+    def valid(self, height: int, width: int) -> Tensor:
+        """Return which pixels of the square are picture and not padding, bool (size, size)."""
+        return self._padded(torch.ones(self.extent(height, width), dtype=torch.bool))
+
+    def boxes(self, boxes: Tensor, height: int, width: int) -> Tensor:
+        """Return boxes x0 y0 x1 y1, (..., 4), in pixels of the square."""
+        new_height, new_width = self.extent(height, width)
+        x, y = new_width / width, new_height / height
+        return boxes * boxes.new_tensor([x, y, x, y])
+
+    def restore(self, logits: Tensor, height: int, width: int) -> Tensor:
+        """Return mask logits (h, w) of the square at the size of the picture, (H, W)."""
+        logits = logits[None, None].float()
+        if self.keep_aspect:
+            logits = F.interpolate(logits, (self.size, self.size), mode="bilinear")
+            new_height, new_width = self.extent(height, width)
+            logits = logits[..., :new_height, :new_width]
+        return F.interpolate(logits, (height, width), mode="bilinear")[0, 0]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        return F.pad(x, (0, self.size - width, 0, self.size - height))

@@ -1,0 +1,129 @@
+"""The SAM and SAM2 models of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    Sam2Config,
+    Sam2HieraDetConfig,
+    Sam2Model,
+    Sam2VisionConfig,
+    SamConfig,
+    SamModel,
+)
+
+from finetuning.frame import Frame
+from finetuning.prompts import Prompts
+from finetuning.segmenter import Segmenter
+
+TINY = ("tiny-sam", "tiny-sam2")
+
+
+class HuggingFaceSAM(Segmenter):
+    """`SamModel` or `Sam2Model`."""
+
+    model: SamModel | Sam2Model
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The image encoder."""
+        return self.model.vision_encoder
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The mask decoder."""
+        return self.model.mask_decoder
+
+    def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
+        """Return mask logits (B, h, w) for images (B, 3, size, size), one prompt each."""
+        if prompts.boxes is not None:
+            asked = {"input_boxes": prompts.boxes[:, None]}
+        else:
+            asked = {
+                "input_points": prompts.points[:, None],
+                "input_labels": prompts.labels[:, None],
+            }
+        return self.model(pixel_values=images, multimask_output=False, **asked).pred_masks[:, 0, 0]
+
+
+def build(name: str) -> HuggingFaceSAM:
+    """Return the model saved in the folder `name`, or a small random one.
+
+    Raises:
+        ValueError: If the folder holds no SAM or SAM2, or not all of its weights.
+    """
+    if name in TINY:
+        model = tiny_sam() if name == "tiny-sam" else tiny_sam2()
+    else:
+        model = load(Path(name))
+    config = model.config
+    if isinstance(model, Sam2Model):
+        # As in sam2 without postprocessing: never another mask than the first.
+        model.mask_decoder.dynamic_multimask_via_stability = False
+        frame = Frame(config.prompt_encoder_config.image_size, keep_aspect=False)
+    else:
+        frame = Frame(config.vision_config.image_size, keep_aspect=True)
+    return HuggingFaceSAM(model, frame, config.mask_decoder_config.hidden_size)
+
+
+def load(folder: Path) -> SamModel | Sam2Model:
+    """Return the model of a folder that `save_pretrained` wrote, or that the hub has."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--model must be {', '.join(TINY)} or a model's folder, got {folder}")
+    kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+    types = {"sam": SamModel, "sam2": Sam2Model, "sam2_video": Sam2Model}
+    if kind not in types:
+        raise ValueError(f"--model must be a SAM or SAM2, got {folder} with a {kind}")
+    try:
+        model, loading = types[kind].from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # every kind of damage has another type
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"--model must hold readable weights, got {folder}: {first}") from error
+    wrong = [*loading["missing_keys"], *loading["mismatched_keys"]]
+    if wrong:
+        raise ValueError(
+            f"--model must hold all weights of its config.json, got {folder}: {len(wrong)} are "
+            f"missing or of another shape ({wrong[0]})"
+        )
+    return model
+
+
+def tiny_sam() -> SamModel:
+    """Return a small random SAM for pictures of 256 by 256 pixels."""
+    image = {"image_size": 256, "patch_size": 16}
+    vision = {"hidden_size": 48, "output_channels": 64, "num_hidden_layers": 2, "window_size": 7}
+    vision |= {"num_attention_heads": 3, "global_attn_indexes": [1], "num_pos_feats": 32}
+    return SamModel(
+        SamConfig(
+            vision_config=image | vision,
+            prompt_encoder_config=image | {"hidden_size": 64},
+            mask_decoder_config={"hidden_size": 64, "mlp_dim": 128, "num_attention_heads": 4},
+        )
+    )
+
+
+def tiny_sam2() -> Sam2Model:
+    """Return a small random SAM2 for pictures of 256 by 256 pixels."""
+    backbone = Sam2HieraDetConfig(
+        hidden_size=16,
+        image_size=[256, 256],
+        blocks_per_stage=[1, 1, 2, 1],
+        embed_dim_per_stage=[16, 32, 64, 128],
+        global_attention_blocks=[3],
+    )
+    vision = Sam2VisionConfig(
+        backbone_config=backbone,
+        backbone_channel_list=[128, 64, 32, 16],
+        backbone_feature_sizes=[[64, 64], [32, 32], [16, 16]],
+        fpn_hidden_size=64,
+    )
+    decoder = {"hidden_size": 64, "mlp_dim": 128, "num_attention_heads": 4}
+    prompts = {"hidden_size": 64, "image_size": 256}
+    return Sam2Model(
+        Sam2Config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+    )

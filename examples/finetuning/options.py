@@ -1,0 +1,161 @@
+"""What a run is asked for, and whether it may go on from where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from finetuning import checkpoint, data
+from finetuning.adaptation import METHODS
+
+FREE = ("resume", "threads", "workers", "cpu", "log_every")  # may change when a run resumes
+
+
+def parse(
+    description: str, argv: Sequence[str] | None, models: Sequence[str] = ()
+) -> argparse.Namespace:
+    """Read the command line; the defaults are the paper's.
+
+    Args:
+        description: Of the script.
+        argv: Arguments, those of the process by default.
+        models: Names that `--model` takes; none where it takes a folder with the weights.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    group = parser.add_argument_group("model")
+    if models:
+        group.add_argument("--model", choices=models, required=True)
+        group.add_argument("--checkpoint", type=Path, help="its official weights")
+        group.add_argument("--teacher", choices=models, help="another size than the student's")
+        group.add_argument("--teacher-checkpoint", type=Path, help="the weights of --teacher")
+    else:
+        group.add_argument("--model", required=True, help="a folder, tiny-sam or tiny-sam2")
+        group.add_argument("--teacher", help="another model than the student's")
+    group.add_argument("--method", choices=METHODS, default="lora", help="what trains")
+    group.add_argument("--rank", type=positive, default=4, help="of LoRA, and its alpha")
+    group.add_argument(
+        "--targets", nargs="+", default=["qkv"], help="layers of the image encoder for LoRA"
+    )
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", type=Path, help="a folder with train.csv, val.csv, test.csv")
+    group.add_argument("--test-table", default="test.csv", help="another name of test.csv")
+    group.add_argument("--images", type=Path, help="instead of --data: a folder of images")
+    group.add_argument("--masks", type=Path, help="and one of masks with the same names")
+    group.add_argument("--prompts", choices=("mixed", "boxes", "points"), default="mixed")
+    group.add_argument("--points", type=positive, default=1, help="of a prompt in training")
+    group.add_argument("--eval-prompts", choices=("boxes", "points"), default="boxes")
+    group.add_argument("--eval-points", type=positive, default=5, help="of a prompt in evaluation")
+
+    group = parser.add_argument_group("InfoSAM")
+    group.add_argument("--alpha", type=float, default=2.0, help="order of the Rényi entropy")
+    group.add_argument("--compression-weight", type=float, default=1.0)
+    group.add_argument("--distillation-weight", type=float, default=0.5)
+    group.add_argument("--no-infosam", action="store_true", help="fine-tune without a teacher")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=positive, default=10)
+    group.add_argument(
+        "--batch-size", type=positive, default=4, help="and size of the Gram matrices"
+    )
+    group.add_argument(
+        "--accumulate",
+        type=positive,
+        default=1,
+        help="batches a step of the optimiser; does not enlarge the Gram matrices",
+    )
+    group.add_argument("--lr", type=float, default=2e-4, help="falls to a tenth by a cosine")
+    group.add_argument("--precision", choices=("no", "fp16", "bf16"), default="no")
+    group.add_argument("--legacy-loss", action="store_true", help="weigh the BCE as was released")
+    group.add_argument("--seed", type=int, default=0)
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--output", type=Path, required=True, help="folder of the run")
+    group.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    group.add_argument("--workers", type=int, default=2, help="processes that read images")
+    group.add_argument("--threads", type=positive, default=torch.get_num_threads())
+    group.add_argument("--log-every", type=positive, default=10, help="batches a row of the log")
+    group.add_argument("--cpu", action="store_true", help="even if there is a GPU")
+    options = parser.parse_args(argv)
+
+    folders = options.images is not None and options.masks is not None
+    if (options.data is None) == (not folders):
+        parser.error("give either --data or both --images and --masks")
+    if options.batch_size < 2 and not options.no_infosam:
+        parser.error("--batch-size must be at least 2: InfoSAM compares the samples of a batch")
+    if models:
+        for name in ("", "teacher_"):
+            model = getattr(options, name.rstrip("_") or "model")
+            if model not in (None, "tiny") and getattr(options, f"{name}checkpoint") is None:
+                parser.error(f"--{name.replace('_', '-')}checkpoint is needed for {model}")
+    torch.set_num_threads(options.threads)
+    return options
+
+
+def positive(text: str) -> int:
+    """Return the whole number above zero that the text is."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """End the program with the message alone where what the user gave is wrong."""
+    try:
+        yield
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+def read_splits(options: argparse.Namespace) -> data.Splits:
+    """Return the checked rows of the three splits."""
+    if options.data is not None:
+        splits = data.read_tables(options.data, options.test_table)
+    else:
+        splits = data.read_folders(options.images, options.masks, options.seed)
+    data.check(splits)
+    if len(splits["train"]) < options.batch_size:
+        raise ValueError(
+            f"--batch-size must be at most the number of training images, "
+            f"{len(splits['train'])}, got {options.batch_size}"
+        )
+    return splits
+
+
+def open_run(options: argparse.Namespace) -> Path | None:
+    """Make the folder of the run, or find the checkpoint to resume from.
+
+    Raises:
+        ValueError: If the folder holds anything else, a finished run, or one of other options.
+    """
+    asked = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(options).items()
+        if name not in FREE
+    }
+    path = options.output / "options.json"
+    if not path.exists():
+        options.output.mkdir(parents=True, exist_ok=True)
+        if any(options.output.iterdir()):
+            raise ValueError(f"--output must be a new or empty folder, got {options.output}")
+        checkpoint.write_json(path, asked)
+        return None
+    if not options.resume:
+        raise ValueError(f"{options.output} holds a run. Go on with --resume, or name another.")
+    if (options.output / "result.json").exists():
+        raise ValueError(f"{options.output} holds a finished run, see result.json there.")
+    before = checkpoint.read_json(path)
+    changed = [name for name in asked.keys() | before.keys() if asked.get(name) != before.get(name)]
+    if changed:
+        lines = [f"--{n.replace('_', '-')} was {before.get(n)}, is {asked.get(n)}" for n in changed]
+        raise ValueError(f"--resume must go on with the same options: {'; '.join(sorted(lines))}")
+    return checkpoint.latest(options.output)

@@ -1,0 +1,46 @@
+"""The models of segment_anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from segment_anything import sam_model_registry
+from segment_anything.modeling import Sam
+from torch import Tensor, nn
+
+from finetuning.frame import Frame
+from finetuning.prompts import Prompts
+from finetuning.segmenter import Segmenter, load_weights
+from tiny_sam import build_tiny_sam, decode
+
+MODELS = ("vit_b", "vit_l", "vit_h", "tiny")
+
+
+class SegmentAnything(Segmenter):
+    """`Sam`: ViT-B, L, H, or the small one of the quickstart."""
+
+    model: Sam
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The image encoder."""
+        return self.model.image_encoder
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The mask decoder."""
+        return self.model.mask_decoder
+
+    def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
+        """Return mask logits (B, h, w) for images (B, 3, size, size), one prompt each."""
+        points = None if prompts.points is None else (prompts.points, prompts.labels)
+        return decode(self.model, self.encoder(images), boxes=prompts.boxes, points=points)
+
+
+def build(name: str, checkpoint: Path | None) -> SegmentAnything:
+    """Return the model with the weights of the checkpoint, or random ones."""
+    model = build_tiny_sam() if name == "tiny" else sam_model_registry[name]()
+    if checkpoint is not None:
+        load_weights(model, checkpoint, name)
+    frame = Frame(model.image_encoder.img_size, keep_aspect=True)
+    return SegmentAnything(model, frame, model.prompt_encoder.embed_dim)

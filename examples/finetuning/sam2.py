@@ -1,0 +1,82 @@
+"""The models of sam2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sam2.build_sam import build_sam2
+from sam2.modeling.sam2_base import SAM2Base
+from torch import Tensor, nn
+
+from finetuning.frame import Frame
+from finetuning.prompts import Prompts
+from finetuning.segmenter import Segmenter, load_weights
+
+SIZES = ("t", "s", "b+", "l")
+MODELS = (*(f"{v}_hiera_{size}" for v in ("sam2.1", "sam2") for size in SIZES), "tiny")
+TINY = [  # of sam2.1_hiera_t, small enough for a laptop
+    "++model.image_size=256",
+    "++model.num_maskmem=0",
+    "++model.memory_attention.num_layers=1",
+    "++model.image_encoder.trunk.embed_dim=32",
+    "++model.image_encoder.trunk.stages=[1,1,2,1]",
+    "++model.image_encoder.trunk.global_att_blocks=[3]",
+    "++model.image_encoder.neck.backbone_channel_list=[256,128,64,32]",
+]
+
+
+class SegmentAnything2(Segmenter):
+    """`SAM2Base` as a model of pictures."""
+
+    model: SAM2Base
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The image encoder."""
+        return self.model.image_encoder
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The mask decoder."""
+        return self.model.sam_mask_decoder
+
+    def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
+        """Return mask logits (B, h, w) for images (B, 3, size, size), one prompt each."""
+        model = self.model
+        _, levels, _, sizes = model._prepare_backbone_features(model.forward_image(images))
+        if model.directly_add_no_mem_embed:
+            levels[-1] = levels[-1] + model.no_mem_embed
+        *fine, embedding = (
+            level.permute(1, 2, 0).unflatten(2, size)  # (h w, B, D) to (B, D, h, w)
+            for level, size in zip(levels, sizes, strict=True)
+        )
+        points = None if prompts.points is None else (prompts.points, prompts.labels)
+        sparse, dense = model.sam_prompt_encoder(points=points, boxes=prompts.boxes, masks=None)
+        masks, *_ = model.sam_mask_decoder(
+            image_embeddings=embedding,
+            image_pe=model.sam_prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+            repeat_image=False,
+            high_res_features=fine,
+        )
+        return masks[:, 0]
+
+
+def build(name: str, checkpoint: Path | None) -> SegmentAnything2:
+    """Return the model with the weights of the checkpoint, or random ones."""
+    version, size = name.split("_")[0], name.removeprefix("sam2.1_").removeprefix("sam2_")
+    if name == "tiny":
+        version, size = "sam2.1", "hiera_t"
+    # Without postprocessing: it replaces mask 0 by another one where that looks more stable.
+    model = build_sam2(
+        f"configs/{version}/{version}_{size}.yaml",
+        device="cpu",
+        apply_postprocessing=False,
+        hydra_overrides_extra=TINY if name == "tiny" else [],
+    )
+    if checkpoint is not None:
+        load_weights(model, checkpoint, name, key="model")
+    frame = Frame(model.image_size, keep_aspect=False)
+    return SegmentAnything2(model, frame, model.sam_prompt_encoder.embed_dim)

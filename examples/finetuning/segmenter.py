@@ -1,0 +1,86 @@
+"""What the scripts ask of a model, whichever package it is from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetuning.frame import Frame
+from finetuning.prompts import Prompts
+
+
+class Segmenter(nn.Module):
+    """An unedited model with a `forward` that trains: pictures and prompts to mask logits.
+
+    The packages' own entry points run under `no_grad`, or take many prompts for one picture.
+
+    Attributes:
+        model: The package's model.
+        frame: How it wants its input.
+        dim: Channels of its image embedding and mask tokens.
+    """
+
+    def __init__(self, model: nn.Module, frame: Frame, dim: int) -> None:
+        super().__init__()
+        self.model, self.frame, self.dim = model, frame, dim
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The image encoder."""
+        raise NotImplementedError
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The mask decoder."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
+        """Return mask logits (B, h, w) for images (B, 3, size, size), one prompt each."""
+        raise NotImplementedError
+
+
+def load_weights(model: nn.Module, checkpoint: Path, name: str, key: str | None = None) -> None:
+    """Load an official checkpoint, all of it or nothing.
+
+    Args:
+        model: What `name` is built as.
+        checkpoint: A file of `torch.save`, or of safetensors.
+        name: Of the model, for the error message.
+        key: Where in the file the weights are.
+
+    Raises:
+        ValueError: If the file is missing, damaged, or of another model.
+    """
+    try:
+        if checkpoint.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            weights: Any = load_file(checkpoint)
+        else:
+            weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:  # every kind of damage has another type
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(
+            f"--checkpoint must be a readable file, got {checkpoint}: {first}"
+        ) from error
+    if key is not None and isinstance(weights, dict):
+        weights = weights.get(key, weights)
+    if not isinstance(weights, dict):
+        raise ValueError(f"--checkpoint must hold named tensors, got {checkpoint}")
+
+    expected = {key: value.shape for key, value in model.state_dict().items()}
+    found = {key: getattr(value, "shape", None) for key, value in weights.items()}
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys())
+    reshaped = sorted(k for k in expected.keys() & found.keys() if expected[k] != found[k])
+    if missing or unexpected or reshaped:
+        examples = ", ".join([*reshaped[:2], *missing[:2], *unexpected[:2]])
+        raise ValueError(
+            f"--checkpoint must be of {name}, got {checkpoint}: {len(missing)} weights missing, "
+            f"{len(unexpected)} unexpected, {len(reshaped)} of another shape ({examples}). "
+            "Is it of another size?"
+        )
+    model.load_state_dict(weights)
