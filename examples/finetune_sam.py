@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from math import ceil
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
@@ -18,28 +17,26 @@ from finetuning.data import loaders
 from finetuning.evaluation import evaluate
 from finetuning.logbook import Logbook
 from finetuning.loss import structure_loss
-from finetuning.options import open_run, parse, plain_errors, read_splits
+from finetuning.options import accelerate, open_run, parse, plain_errors, read_splits
 from finetuning.prompts import draw_prompts
 from finetuning.sam import MODELS, build
+from finetuning.segmenter import check_teacher
 from renyi_kd import FeatureCollector, InfoSAMDistiller
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, keep a checkpoint an epoch, and test the one that is best on validation data."""
     options = parse(__doc__, argv, MODELS)
-    accelerator = Accelerator(
-        mixed_precision=options.precision,
-        gradient_accumulation_steps=options.accumulate,
-        cpu=options.cpu,
-    )
-    set_seed(options.seed)
     with plain_errors():
+        accelerator = accelerate(options)
+        set_seed(options.seed)
         splits = read_splits(options)
         student = build(options.model, options.checkpoint)
         if options.teacher is None:
             teacher = copy.deepcopy(student)  # before the student is adapted
         else:
             teacher = build(options.teacher, options.teacher_checkpoint)
+            check_teacher(teacher, student)
         teacher.eval().requires_grad_(False).to(accelerator.device)
         print(adapt(student, options.method, rank=options.rank, targets=options.targets))
         distiller = InfoSAMDistiller(
@@ -61,15 +58,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         student, distiller, optimizer, train, val, test
     )
 
+    others = {"optimizer": optimizer, "schedule": schedule}
+    if accelerator.scaler is not None:
+        others["scaler"] = accelerator.scaler
     done, best = 0, {"epoch": 0, "iou": -1.0}
     if last is not None:
-        checkpoint.load_weights(last, modules)
-        state = checkpoint.load_state(last)
-        done, best = state["epoch"], state["best"]
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
+        done, best = checkpoint.resume(last, modules, others)
         print(f"resumed after epoch {done}")
     log = Logbook(options, step=done * len(train))
 
@@ -106,14 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.validation(epoch, scores, seconds)
         if scores["iou"] > best["iou"]:
             best = {"epoch": epoch, **scores}
-        state = {
-            "epoch": epoch,
-            "best": best,
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-        }
-        checkpoint.save(options.output, epoch, modules, state)
+        checkpoint.save(options.output, epoch, best, modules, others)
 
     checkpoint.load_weights(checkpoint.of_epoch(options.output, best["epoch"]), modules)
     log.result(best, evaluate(student, test, options.eval_prompts, options.eval_points))

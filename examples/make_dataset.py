@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -11,7 +12,7 @@ from PIL import Image
 from scenes import make_scenes
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Write images, masks and the three tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -21,7 +22,7 @@ def main() -> None:
     parser.add_argument("--val", type=int, default=32, help="images in val.csv")
     parser.add_argument("--test", type=int, default=32, help="images in test.csv")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     for place, split in enumerate(("train", "val", "test")):
         scenes = make_scenes("target", getattr(args, split), seed=3 * args.seed + place)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +15,37 @@ from torch import nn
 
 from finetuning.adaptation import load_trainable_state, trainable_state
 
+Modules = Mapping[str, nn.Module]
+Others = Mapping[str, Any]  # each with `state_dict` and `load_state_dict`
 EPOCH, UNFINISHED = "epoch-", ".unfinished"
 
 
-def save(folder: Path, epoch: int, modules: dict[str, nn.Module], state: dict[str, Any]) -> Path:
-    """Write `epoch-NNN`: the trainable weights of the modules, and the state of everything else.
+def save(
+    folder: Path, epoch: int, best: dict[str, float], modules: Modules, others: Others
+) -> None:
+    """Write `epoch-NNN`: the weights of the modules that train, and the state of everything else.
 
-    All is written and synced under another name first and then renamed, which either happens or
-    not: whenever the process dies or the disk is full, earlier checkpoints are whole and this one
-    is whole or absent.
+    All is written and synced under another name and then renamed, which either happens or not:
+    whenever the process dies or the disk is full, earlier checkpoints are whole, and this one is
+    whole or absent.
 
     Args:
         folder: Of the run.
         epoch: How many epochs are done.
+        best: The epoch that was best so far, and its scores.
         modules: What trains, each into `<name>.safetensors`.
-        state: Tensors, numbers, strings, and dicts and lists of them, into `state.pt`.
+        others: The optimizer and what else has a state, into `state.pt`.
     """
     target = of_epoch(folder, epoch)
     unfinished = target.with_name(target.name + UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)
+    state = {name: other.state_dict() for name, other in others.items()}
     try:
-        unfinished.mkdir(parents=True)
+        unfinished.mkdir()
         for name, module in modules.items():
             weights = {k: v.contiguous().cpu() for k, v in trainable_state(module).items()}
             save_file(weights, unfinished / f"{name}.safetensors")
-        torch.save(state, unfinished / "state.pt")
+        torch.save({"epoch": epoch, "best": best, **state}, unfinished / "state.pt")
         for path in (*unfinished.iterdir(), unfinished):
             sync(path)
     except BaseException:
@@ -46,7 +53,15 @@ def save(folder: Path, epoch: int, modules: dict[str, nn.Module], state: dict[st
         raise
     unfinished.rename(target)
     sync(folder)
-    return target
+
+
+def resume(checkpoint: Path, modules: Modules, others: Others) -> tuple[int, dict[str, float]]:
+    """Load what `save` wrote; return how many epochs are done and the best so far."""
+    load_weights(checkpoint, modules)
+    state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+    for name, other in others.items():
+        other.load_state_dict(state[name])
+    return state["epoch"], state["best"]
 
 
 def sync(path: Path) -> None:
@@ -69,15 +84,10 @@ def latest(folder: Path) -> Path | None:
     return max(every, default=None, key=lambda path: int(path.name.removeprefix(EPOCH)))
 
 
-def load_weights(checkpoint: Path, modules: dict[str, nn.Module]) -> None:
+def load_weights(checkpoint: Path, modules: Modules) -> None:
     """Load the weights of the modules, adapted as those which were saved."""
     for name, module in modules.items():
         load_trainable_state(module, load_file(checkpoint / f"{name}.safetensors"))
-
-
-def load_state(checkpoint: Path) -> dict[str, Any]:
-    """Return the state that was saved beside the weights."""
-    return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
 
 
 def write_text(path: Path, text: str) -> None:

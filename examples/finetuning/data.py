@@ -124,7 +124,7 @@ def read_folders(images: Path, masks: Path, seed: int = 0) -> Splits:
 def read_image(path: Path) -> NDArray[np.uint8]:
     """Return the picture as RGB, upright, shape (H, W, 3)."""
     with Image.open(path) as file:
-        return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
+        return np.array(ImageOps.exif_transpose(file).convert("RGB"))
 
 
 def read_mask(path: Path) -> NDArray[np.bool_]:

@@ -20,6 +20,7 @@ from finetuning.prompts import Prompts
 from finetuning.segmenter import Segmenter
 
 TINY = ("tiny-sam", "tiny-sam2")
+SPREAD = 0.1  # of random weights; the usual 0.02 hardly lets a signal through so narrow a model
 
 
 class HuggingFaceSAM(Segmenter):
@@ -98,11 +99,13 @@ def tiny_sam() -> SamModel:
     image = {"image_size": 256, "patch_size": 16}
     vision = {"hidden_size": 48, "output_channels": 64, "num_hidden_layers": 2, "window_size": 7}
     vision |= {"num_attention_heads": 3, "global_attn_indexes": [1], "num_pos_feats": 32}
+    vision |= {"initializer_range": SPREAD}
     return SamModel(
         SamConfig(
             vision_config=image | vision,
             prompt_encoder_config=image | {"hidden_size": 64},
             mask_decoder_config={"hidden_size": 64, "mlp_dim": 128, "num_attention_heads": 4},
+            initializer_range=SPREAD,
         )
     )
 
@@ -115,12 +118,14 @@ def tiny_sam2() -> Sam2Model:
         blocks_per_stage=[1, 1, 2, 1],
         embed_dim_per_stage=[16, 32, 64, 128],
         global_attention_blocks=[3],
+        initializer_range=SPREAD,
     )
     vision = Sam2VisionConfig(
         backbone_config=backbone,
         backbone_channel_list=[128, 64, 32, 16],
         backbone_feature_sizes=[[64, 64], [32, 32], [16, 16]],
         fpn_hidden_size=64,
+        initializer_range=SPREAD,
     )
     decoder = {"hidden_size": 64, "mlp_dim": 128, "num_attention_heads": 4}
     prompts = {"hidden_size": 64, "image_size": 256}

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from finetuning import checkpoint, data
 from finetuning.adaptation import METHODS
@@ -37,7 +38,6 @@ def parse(
         group.add_argument("--teacher-checkpoint", type=Path, help="the weights of --teacher")
     else:
         group.add_argument("--model", required=True, help="a folder, tiny-sam or tiny-sam2")
-        group.add_argument("--teacher", help="another model than the student's")
     group.add_argument("--method", choices=METHODS, default="lora", help="what trains")
     group.add_argument("--rank", type=positive, default=4, help="of LoRA, and its alpha")
     group.add_argument(
@@ -58,7 +58,9 @@ def parse(
     group.add_argument("--alpha", type=float, default=2.0, help="order of the Rényi entropy")
     group.add_argument("--compression-weight", type=float, default=1.0)
     group.add_argument("--distillation-weight", type=float, default=0.5)
-    group.add_argument("--no-infosam", action="store_true", help="fine-tune without a teacher")
+    if models:
+        group.add_argument("--no-infosam", action="store_true", help="without distilling")
+    parser.set_defaults(no_infosam=False)
 
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=positive, default=10)
@@ -96,6 +98,11 @@ def parse(
             if model not in (None, "tiny") and getattr(options, f"{name}checkpoint") is None:
                 parser.error(f"--{name.replace('_', '-')}checkpoint is needed for {model}")
     torch.set_num_threads(options.threads)
+    if options.accumulate > 1 and not options.no_infosam:
+        print(
+            f"Gradients of {options.accumulate} batches are added up; the Gram matrices stay "
+            f"{options.batch_size} x {options.batch_size}, those of one batch."
+        )
     return options
 
 
@@ -105,6 +112,24 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return number
+
+
+def accelerate(options: argparse.Namespace) -> Accelerator:
+    """Return the accelerator that was asked for.
+
+    Raises:
+        ValueError: If the device cannot do that, or there is more than one process.
+    """
+    accelerator = Accelerator(
+        mixed_precision=options.precision,
+        gradient_accumulation_steps=options.accumulate,
+        cpu=options.cpu,
+    )
+    if accelerator.num_processes > 1:
+        raise ValueError("one process only: the Gram matrices do not see the others' samples")
+    if options.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("--precision fp16 needs a GPU, on a CPU use bf16")
+    return accelerator
 
 
 @contextmanager

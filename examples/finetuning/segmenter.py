@@ -42,6 +42,15 @@ class Segmenter(nn.Module):
         raise NotImplementedError
 
 
+def check_teacher(teacher: Segmenter, student: Segmenter) -> None:
+    """Raise `ValueError` if the two cannot see the same input or be compared."""
+    if (teacher.frame, teacher.dim) != (student.frame, student.dim):
+        raise ValueError(
+            f"--teacher must take pictures and have channels as --model does, {student.frame} and "
+            f"{student.dim}, got {teacher.frame} and {teacher.dim}"
+        )
+
+
 def load_weights(model: nn.Module, checkpoint: Path, name: str, key: str | None = None) -> None:
     """Load an official checkpoint, all of it or nothing.
 
