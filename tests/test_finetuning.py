@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -103,12 +104,14 @@ def test_ten_steps(family: str, method: str, data: Path, tmp_path: Path) -> None
 
 def test_tensorboard_has_the_figures_of_the_table(data: Path, tmp_path: Path) -> None:
     run(SAM, data, tmp_path / "run", "--epochs", 2)
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    assert_tensorboard_has_the_tables(tmp_path / "run")
+
+
+def assert_tensorboard_has_the_tables(output: Path) -> None:
+    events = EventAccumulator(str(output / "tensorboard"))
     events.Reload()
-    for name, table in (
-        ("training", rows(tmp_path / "run")),
-        ("validation", rows(tmp_path / "run", "validation")),
-    ):
+    for name in ("training", "validation"):
+        table = rows(output, name)
         for key in table[0].keys() - {"step"}:
             found = [(event.step, event.value) for event in events.Scalars(f"{name}/{key}")]
             assert found == [(row["step"], pytest.approx(row[key], rel=1e-6)) for row in table]
@@ -288,6 +291,7 @@ def test_killed_and_resumed(failure: str, uninterrupted: Path, data: Path, tmp_p
     assert resumed.returncode == 0, resumed.stderr
     assert f"resumed after epoch {len(survived)}" in resumed.stdout
     assert_same_run(uninterrupted, output, "epoch-003")
+    assert_tensorboard_has_the_tables(output)
     assert not list(output.glob("*.unfinished"))
 
 
@@ -310,6 +314,39 @@ def test_resumed_in_another_process(family: str, data: Path, tmp_path: Path, mon
     torch.manual_seed(99)  # nothing of this process is to be needed
     run(FAMILIES[family], data, tmp_path / "parts", "--epochs", 2, "--resume")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", "epoch-002")
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "method", "count"),
+    [
+        ("sam", "vit_b", "lora", 147_456),
+        ("sam", "vit_b", "adapter", 7_100_928),
+        ("sam2", "sam2.1_hiera_b+", "lora", 168_896),
+        ("sam2", "sam2.1_hiera_b+", "adapter", 5_822_208),
+    ],
+)
+def test_trainable_parameters_of_the_released_sizes(
+    package: str, name: str, method: str, count: int
+) -> None:
+    from finetuning.adaptation import adapt
+
+    student = importlib.import_module(f"finetuning.{package}").build(name, None)
+    report = adapt(student, method, targets=["qkv"])
+    assert sum(p.numel() for p in student.encoder.parameters() if p.requires_grad) == count
+    assert f"{count:,}" in report
+
+
+def test_documented_commands_parse(monkeypatch) -> None:
+    from finetuning.options import parse
+
+    text = (EXAMPLES / "README.md").read_text().replace("\\\n", " ")
+    commands = [line for line in text.splitlines() if "examples/finetune_" in line]
+    commands = [line for line in commands if line.startswith(".venv/bin/python")]
+    assert len(commands) >= 12
+    for line in commands:
+        _, script, *arguments = shlex.split(line, comments=True)
+        models = getattr(importlib.import_module(Path(script).stem), "MODELS", ())
+        parse("", arguments, models)
 
 
 def test_checkpoint_has_what_trains_and_nothing_else(data: Path, tmp_path: Path) -> None:
