@@ -378,6 +378,7 @@ def outcome(data: Path, output: Path, capsys, *options: object) -> str:
         (["--batch-size", 1], "--batch-size must be at least 2"),
         (["--batch-size", 16], "--batch-size must be at most the number of training images, 8"),
         (["--images", "somewhere", "--masks", "elsewhere"], "either --data or both"),
+        (["--images", "somewhere"], "either --data or both"),
         (["--epochs", 0], "must be at least 1, got 0"),
         (["--model", "vit_l", "--teacher", "vit_h"], "--teacher-checkpoint is needed for vit_h"),
         (["--targets", "query"], "linear layers are called lin1, lin2, proj, qkv"),

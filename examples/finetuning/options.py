@@ -87,8 +87,8 @@ def parse(
     group.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     options = parser.parse_args(argv)
 
-    folders = options.images is not None and options.masks is not None
-    if (options.data is None) == (not folders):
+    given = [folder is not None for folder in (options.data, options.images, options.masks)]
+    if given not in ([True, False, False], [False, True, True]):
         parser.error("give either --data or both --images and --masks")
     if options.batch_size < 2 and not options.no_infosam:
         parser.error("--batch-size must be at least 2: InfoSAM compares the samples of a batch")
