@@ -188,10 +188,10 @@ def check_row(row: Row) -> tuple[list[str], str | None]:
     if mask is not None and not mask.any():
         problems.append(f"{row.source}: mask {row.label} is empty")
     if image is not None and mask is not None and image.shape[:2] != mask.shape:
-        sizes = " and ".join(
-            f"{width} x {height}" for height, width in (image.shape[:2], mask.shape)
+        (h, w), (mask_h, mask_w) = image.shape[:2], mask.shape
+        problems.append(
+            f"{row.source}: {row.image} is {w} x {h} and its mask {row.label} {mask_w} x {mask_h}"
         )
-        problems.append(f"{row.source}: {row.image} and its mask differ in size, {sizes}")
     return problems, digest
 
 
