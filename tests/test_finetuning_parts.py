@@ -1,0 +1,438 @@
+"""The parts of the fine-tuning scripts against the packages they stand in for."""
+
+import copy
+import importlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from sam2.utils.transforms import SAM2Transforms
+from segment_anything.utils.transforms import ResizeLongestSide
+from torch import Tensor, nn
+from transformers import Sam2ImageProcessor, SamImageProcessor
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SIZE = 256
+BUILDS = {
+    "sam": ("sam", "tiny", None),
+    "sam2": ("sam2", "tiny", None),
+    "transformers-sam": ("huggingface", "tiny-sam"),
+    "transformers-sam2": ("huggingface", "tiny-sam2"),
+}
+EXTENTS = [(100, 150), (330, 210), (256, 256), (37, 400)]
+
+
+@pytest.fixture(autouse=True)
+def examples(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
+def build(family: str) -> nn.Module:
+    package, *arguments = BUILDS[family]
+    torch.manual_seed(0)
+    return importlib.import_module(f"finetuning.{package}").build(*arguments).eval()
+
+
+def rgb(height: int, width: int) -> np.ndarray:
+    rng = np.random.default_rng(height)
+    coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return np.kron(coarse, np.ones((height // 8 + 1, width // 8 + 1, 1), np.uint8))[:height, :width]
+
+
+# --- frame ---------------------------------------------------------------------------------------
+
+
+def frame(keep_aspect: bool):
+    from finetuning.frame import Frame
+
+    return Frame(SIZE, keep_aspect)
+
+
+@pytest.mark.parametrize("extent", EXTENTS)
+def test_frame_of_sam_is_that_of_its_predictor(extent: tuple[int, int]) -> None:
+    model = build("sam").model
+    image, own = rgb(*extent), frame(True)
+    scaled = ResizeLongestSide(SIZE).apply_image(image)
+    expected = model.preprocess(torch.from_numpy(scaled).permute(2, 0, 1).float())
+    torch.testing.assert_close(own.image(image), expected, rtol=0, atol=1e-5)
+
+    boxes = torch.tensor([[3.0, 4.0, 20.0, 31.0], [0.0, 0.0, 37.0, 37.0]])
+    expected = ResizeLongestSide(SIZE).apply_boxes_torch(boxes, extent)
+    torch.testing.assert_close(own.boxes(boxes, *extent), expected)
+
+    logits = torch.randn(1, 1, 64, 64)
+    expected = model.postprocess_masks(logits, own.extent(*extent), extent)
+    torch.testing.assert_close(own.restore(logits[0, 0], *extent), expected[0, 0])
+
+
+@pytest.mark.parametrize("extent", EXTENTS)
+def test_frame_of_sam2_is_that_of_its_predictor(extent: tuple[int, int]) -> None:
+    image, own = rgb(*extent), frame(False)
+    transforms = SAM2Transforms(SIZE, mask_threshold=0)
+    torch.testing.assert_close(own.image(image), transforms(image), rtol=0, atol=1e-5)
+
+    boxes = torch.tensor([[3.0, 4.0, 20.0, 31.0], [0.0, 0.0, 37.0, 37.0]])
+    expected = transforms.transform_boxes(boxes, normalize=True, orig_hw=extent)
+    torch.testing.assert_close(own.boxes(boxes, *extent), expected.flatten(1))
+
+    logits = torch.randn(1, 1, 64, 64)
+    expected = transforms.postprocess_masks(logits, extent)
+    torch.testing.assert_close(own.restore(logits[0, 0], *extent), expected[0, 0])
+
+
+@pytest.mark.parametrize("extent", EXTENTS)
+def test_frame_is_that_of_transformers(extent: tuple[int, int]) -> None:
+    image = rgb(*extent)
+    sam = SamImageProcessor(size={"longest_edge": SIZE}, pad_size={"height": SIZE, "width": SIZE})
+    sam2 = Sam2ImageProcessor(size={"height": SIZE, "width": SIZE})
+    for processor, keep_aspect in ((sam, True), (sam2, False)):
+        expected = processor(image, return_tensors="pt")["pixel_values"][0]
+        # One level of 8 bits, 1/255 over a deviation of 0.22, is 0.018: they round elsewhere.
+        torch.testing.assert_close(frame(keep_aspect).image(image), expected, rtol=0, atol=0.02)
+
+
+def test_masks_fall_on_their_image() -> None:
+    mask = np.zeros((100, 150), dtype=bool)
+    mask[20:60, 30:90] = True
+    own = frame(True)
+    scaled, valid = own.mask(mask), own.valid(100, 150)
+    assert scaled.shape == valid.shape == (SIZE, SIZE)
+    assert valid.sum() == 171 * 256
+    assert not scaled[~valid].any()
+    assert abs(scaled.sum() / valid.sum() - mask.mean()) < 0.01
+    logits = torch.where(scaled, 8.0, -8.0)
+    restored = own.restore(logits, 100, 150) > 0
+    agree = (restored & torch.from_numpy(mask)).sum() / (restored | torch.from_numpy(mask)).sum()
+    assert agree > 0.95
+
+
+# --- loss ----------------------------------------------------------------------------------------
+
+
+def reference_loss(logits: np.ndarray, masks: np.ndarray, valid: np.ndarray, legacy: bool) -> float:
+    losses = []
+    bces = []
+    for x, y, v in zip(logits, masks, valid, strict=True):
+        mean = sliding_window_view(np.pad(y, 15), (31, 31)).mean((2, 3))
+        weight = 1 + 5 * np.abs(mean - y)
+        if not legacy:
+            weight = weight * v
+        bce = np.log1p(np.exp(-np.abs(x))) + np.maximum(x, 0) - x * y
+        bces.append(bce)
+        p = 1 / (1 + np.exp(-x))
+        intersection, union = (weight * p * y).sum(), (weight * (p + y - p * y)).sum()
+        own = 0 if legacy else (weight * bce).sum() / weight.sum()
+        losses.append(own + 1 - (intersection + 1) / (union + 1))
+    return float(np.mean(losses) + (np.mean(bces) if legacy else 0))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_structure_loss_against_its_formula(legacy: bool) -> None:
+    from finetuning.loss import structure_loss
+
+    rng = np.random.default_rng(0)
+    logits = 3 * rng.standard_normal((3, 48, 64))
+    masks = np.zeros((3, 48, 64), dtype=bool)
+    masks[0, 10:30, 10:40] = masks[1, :, 20:] = masks[2, 5, 5] = True
+    valid = np.ones_like(masks)
+    valid[:, 40:] = False
+    loss = structure_loss(
+        torch.from_numpy(logits), *map(torch.from_numpy, (masks, valid)), legacy=legacy
+    )
+    expected = reference_loss(logits, masks.astype(float), valid, legacy)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_padding_does_not_count() -> None:
+    from finetuning.loss import structure_loss
+
+    masks = torch.zeros(2, 64, 64, dtype=torch.bool)
+    masks[:, 10:30, 10:30] = True
+    valid = torch.ones_like(masks)
+    valid[:, 50:] = False
+    logits = torch.randn(2, 64, 64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(structure_loss(logits, masks, valid), logits)
+    assert gradient[valid].abs().min() > 0
+    assert not gradient[~valid].any()
+
+
+def test_low_resolution_logits_are_scaled() -> None:
+    from finetuning.loss import structure_loss
+
+    masks = torch.zeros(2, 64, 64, dtype=torch.bool)
+    masks[:, 16:48, 16:48] = True
+    logits = torch.where(masks[:, ::4, ::4], 9.0, -9.0)
+    assert structure_loss(logits, masks) < 0.4 < 1 < structure_loss(-logits, masks)
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+
+def batch(masks: Tensor, valid: Tensor | None = None):
+    from torchvision.ops import masks_to_boxes
+
+    from finetuning.data import Batch
+
+    valid = torch.ones_like(masks) if valid is None else valid
+    return Batch(torch.zeros(len(masks), 3, 1, 1), masks, valid, masks_to_boxes(masks), [])
+
+
+@pytest.mark.parametrize(("count", "on_object"), [(1, 1), (2, 1), (5, 2), (8, 4)])
+def test_points_lie_where_their_labels_say(count: int, on_object: int) -> None:
+    from finetuning.prompts import draw_points
+
+    torch.manual_seed(0)
+    masks = torch.rand(4, 48, 64) < 0.1
+    valid = torch.ones_like(masks)
+    valid[:, 40:] = masks[:, 40:] = False
+    seen = torch.zeros(48, 64)
+    for _ in range(200):
+        _, points, labels = draw_points(count, batch(masks, valid))
+        x, y = points.long().unbind(-1)
+        rows = torch.arange(4)[:, None]
+        assert points.shape == (4, count, 2)
+        assert torch.equal(labels, masks[rows, y, x].int())
+        assert (labels.sum(1) == on_object).all()
+        assert valid[rows, y, x].all()
+        seen[y[0, 0], x[0, 0]] += 1
+    assert (seen[masks[0]] > 0).float().mean() > 0.3  # all over the object
+    assert not seen[~masks[0]].any()
+
+
+def test_points_of_extreme_masks() -> None:
+    from finetuning.prompts import draw_points
+
+    masks = torch.zeros(2, 16, 16, dtype=torch.bool)
+    masks[0] = True
+    masks[1, 3, 4] = True
+    _, points, labels = draw_points(5, batch(masks))
+    assert labels[0].tolist() == [1] * 5
+    assert labels[1].sum() == 1
+    assert points[1, labels[1].bool()].tolist() == [[4.0, 3.0]]
+
+
+def test_boxes_and_mixed_prompts() -> None:
+    from finetuning.prompts import draw_prompts, noised
+
+    torch.manual_seed(0)
+    boxes = torch.tensor([[10.0, 20.0, 110.0, 60.0]]).repeat(1000, 1)
+    moved = (noised(boxes) - boxes).abs()
+    largest = moved.amax(0)
+    assert (largest <= torch.tensor([5.0, 2.0, 5.0, 2.0])).all()
+    assert (largest > torch.tensor([4.9, 1.9, 4.9, 1.9])).all()
+
+    masks = torch.zeros(2, 16, 16, dtype=torch.bool)
+    masks[:, 4:9, 4:9] = True
+    kinds = [draw_prompts("mixed", 1, batch(masks)).boxes is not None for _ in range(400)]
+    assert 150 < sum(kinds) < 250
+    assert draw_prompts("boxes", 1, batch(masks)).points is None
+    assert draw_prompts("points", 3, batch(masks)).points.shape == (2, 3, 2)
+
+
+# --- adaptation ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    boxes = torch.tensor([[30.0, 40.0, 150.0, 200.0], [90.0, 20.0, 240.0, 100.0]])
+    points, labels = torch.tensor([[[90.0, 90.0]], [[150.0, 60.0]]]), torch.ones(2, 1).int()
+    return torch.randn(2, 3, SIZE, SIZE), boxes, points, labels
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter", "bitfit", "decoder"])
+@pytest.mark.parametrize("family", BUILDS)
+@torch.no_grad()
+def test_adaptation(family: str, method: str, inputs) -> None:
+    from finetuning.adaptation import adapt, load_trainable_state, trainable_state
+    from finetuning.prompts import Prompts
+
+    images, boxes, points, labels = inputs
+    box, point = Prompts(boxes), Prompts(points=points, labels=labels)
+    teacher = build(family)
+    before = teacher(images, box), teacher(images, point)
+    assert before[0].shape == (2, SIZE // 4, SIZE // 4)
+    assert not torch.equal(*before)
+    student = copy.deepcopy(teacher)
+    adapt(student, method, targets=["qkv"])
+    student.eval()
+    # The student starts as the teacher, to the bit.
+    assert torch.equal(student(images, box), before[0])
+    assert torch.equal(student(images, point), before[1])
+
+    trains = {name for name, p in student.encoder.named_parameters() if p.requires_grad}
+    marks = {"lora": "lora_", "adapter": ".adapter.", "bitfit": "bias", "decoder": None}
+    assert bool(trains) == (method != "decoder")
+    assert all(marks[method] in name for name in trains)
+    frozen = {name for name, p in student.decoder.named_parameters() if not p.requires_grad}
+    assert all(name.startswith(("iou_prediction_head", "pred_obj_score_head")) for name in frozen)
+    others = set(student.model.parameters()) - {*student.encoder.parameters()}
+    others -= {*student.decoder.parameters()}
+    assert not any(p.requires_grad for p in others)
+
+    # A copy has its own adapters, and takes over what was saved.
+    other = copy.deepcopy(student)
+    saved = trainable_state(other)
+    for parameter in saved.values():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    changed = other(images, box)
+    assert not torch.equal(changed, before[0])
+    assert torch.equal(student(images, box), before[0])
+    load_trainable_state(student, saved)
+    assert torch.equal(student(images, box), changed)
+    assert torch.equal(teacher(images, box), before[0])
+
+
+@pytest.mark.parametrize("family", BUILDS)
+def test_one_prompt_for_each_of_many_pictures(family: str, inputs) -> None:
+    from finetuning.prompts import Prompts
+
+    images, boxes, points, labels = inputs
+    model = build(family)
+    with torch.no_grad():
+        for prompts in (Prompts(boxes), Prompts(points=points, labels=labels)):
+            together = model(images, prompts)
+            for i in range(2):
+                own = Prompts(*(part if part is None else part[i : i + 1] for part in prompts))
+                alone = model(images[i : i + 1], own)[0]
+                torch.testing.assert_close(together[i], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_wrong_state_is_refused() -> None:
+    from finetuning.adaptation import adapt, load_trainable_state, trainable_state
+
+    lora, decoder = build("sam"), build("sam")
+    adapt(lora, "lora", targets=["qkv"])
+    adapt(decoder, "decoder", targets=["qkv"])
+    with pytest.raises(ValueError, match="adapted in the same way"):
+        load_trainable_state(lora, trainable_state(decoder))
+
+
+@pytest.mark.parametrize("family", BUILDS)
+def test_targets_that_match_nothing(family: str) -> None:
+    from finetuning.adaptation import adapt
+
+    with pytest.raises(ValueError, match=r"no match\. Its linear layers are called .*qkv"):
+        adapt(build(family), "lora", targets=["query", "value"])
+
+
+# --- checkpoints of the packages -----------------------------------------------------------------
+
+
+def half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def drop(path: Path) -> None:
+    weights = torch.load(path)
+    weights.pop(next(iter(weights)))
+    torch.save(weights, path)
+
+
+def reshape(path: Path) -> None:
+    weights = torch.load(path)
+    name = next(key for key, value in weights.items() if value.ndim == 2)
+    torch.save(weights | {name: weights[name][:-1]}, path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.unlink(), "--checkpoint must be a readable file"),
+        (lambda path: path.write_text("<html>"), "--checkpoint must be a readable file"),
+        (half, "--checkpoint must be a readable file"),
+        (lambda path: torch.save([1, 2], path), "--checkpoint must hold named tensors"),
+        (drop, "1 weights missing, 0 unexpected, 0 of another shape"),
+        (reshape, "0 weights missing, 0 unexpected, 1 of another shape"),
+        (lambda path: torch.save(build("sam2").model.state_dict(), path), "another size"),
+    ],
+)
+def test_wrong_checkpoints(spoil, message: str, tmp_path: Path) -> None:
+    from finetuning.segmenter import load_weights
+
+    path, model = tmp_path / "weights.pth", build("sam").model
+    torch.save(model.state_dict(), path)
+    spoil(path)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="--checkpoint") as error:
+        load_weights(model, path, "tiny")
+    assert message in str(error.value)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_right_checkpoints(tmp_path: Path) -> None:
+    from finetuning import sam, sam2
+
+    torch.manual_seed(5)
+    for package, wrap in ((sam, lambda x: x), (sam2, lambda x: {"model": x})):
+        source = package.build("tiny", None)
+        torch.save(wrap(source.model.state_dict()), tmp_path / "weights.pt")
+        found = package.build("tiny", tmp_path / "weights.pt").state_dict()
+        assert all(torch.equal(found[key], value) for key, value in source.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["tiny-sam", "tiny-sam2"])
+def test_folders_of_transformers(name: str, tmp_path: Path, inputs) -> None:
+    from finetuning import huggingface
+    from finetuning.prompts import Prompts
+
+    images, boxes, *_ = inputs
+    source = huggingface.build(name).eval()
+    source.model.save_pretrained(tmp_path)
+    found = huggingface.build(str(tmp_path)).eval()
+    assert (found.frame, found.dim) == (source.frame, source.dim)
+    with torch.no_grad():
+        assert torch.equal(found(images, Prompts(boxes)), source(images, Prompts(boxes)))
+
+    half(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="--model must hold readable weights"):
+        huggingface.build(str(tmp_path))
+    other = huggingface.tiny_sam2() if name == "tiny-sam" else huggingface.tiny_sam()
+    other.save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path)
+    with pytest.raises(ValueError, match="are missing or of another shape"):
+        huggingface.build(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="must be a SAM or SAM2"):
+        huggingface.build(str(tmp_path))
+    with pytest.raises(ValueError, match="a model's folder, got nowhere"):
+        huggingface.build("nowhere")
+
+
+def test_a_teacher_that_does_not_fit() -> None:
+    from finetuning.segmenter import check_teacher
+
+    with pytest.raises(ValueError, match="--teacher must take pictures"):
+        check_teacher(build("sam2"), build("sam"))
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
+def test_scores_by_hand() -> None:
+    from finetuning.evaluation import evaluate
+
+    class Fixed(nn.Module):
+        frame = frame(False)
+
+        def forward(self, images: Tensor, prompts: object) -> Tensor:
+            logits = -torch.ones(len(images), 8, 8)
+            logits[:, :4] = 1
+            return logits
+
+    truth = torch.zeros(8, 8, dtype=torch.bool)
+    truth[2:6] = True  # overlaps by a third
+    missed = torch.zeros(8, 8, dtype=torch.bool)
+    missed[7] = True
+    one = batch(torch.ones(2, 8, 8, dtype=torch.bool))._replace(truths=[truth, missed])
+    two = batch(torch.ones(1, 8, 8, dtype=torch.bool))._replace(truths=[~truth])
+    model = Fixed()
+    state = torch.get_rng_state()
+    scores = evaluate(model, [one, two], "points", 1)
+    assert scores["iou"] == pytest.approx((1 / 3 + 0 + 1 / 3) / 3)
+    assert scores["dice"] == pytest.approx((1 / 2 + 0 + 1 / 2) / 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
