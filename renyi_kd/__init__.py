@@ -1,9 +1,7 @@
 """Matrix-based Rényi information functionals and the InfoSAM distillation loss for PyTorch."""
 
-from contextlib import suppress
 from importlib import import_module
-
-import torch
+from importlib.util import find_spec
 
 from renyi_kd.distiller import InfoSAMDistiller, InfoSAMTerms, infosam_terms
 from renyi_kd.entropy import (
@@ -23,10 +21,10 @@ from renyi_kd.gram import (
 )
 from renyi_kd.relation import DotProductRelation, RelationModule
 
-if torch.cuda.is_available():
-    # Triton comes with PyTorch on Linux; without it the PyTorch path serves CUDA too.
-    with suppress(ImportError):
-        import_module("renyi_kd._triton")
+# Triton comes with PyTorch on Linux; without it the PyTorch path serves CUDA too. Whether there is
+# a GPU is not asked: that would initialise CUDA, and children forked later could not.
+if find_spec("triton") is not None:
+    import_module("renyi_kd._triton")
 
 __version__ = "0.1.0"
 

@@ -17,8 +17,7 @@ _TILE = 8192
 # matrix: what each of them sums is added up afterwards, in the same order in every run.
 _PIXEL_SPLITS = 32
 _FEATURE_SPLITS = 256
-# What fits into the registers of a program.
-_MAX_CHANNELS = 2048
+# What a program unrolls, and what fits into its registers.
 _MAX_TOKENS = 16
 _MAX_BATCH = 64
 
@@ -56,7 +55,9 @@ def _scores_kernel(
     f = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     mu = tl.sum(f, axis=1) / D
     centred = tl.where(inside, f - mu[:, None], 0.0)
-    reciprocal = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
+    variance = tl.sum(centred * centred, axis=1) / D
+    # NaN where the squares overflow: a reciprocal of zero would pass for a constant pixel.
+    reciprocal = 1 / tl.sqrt(variance + eps) + (variance - variance)
     tl.store(mean + b * P + p, mu, mask=p < P)
     tl.store(rstd + b * P + p, reciprocal, mask=p < P)
     for n in range(N):
@@ -244,7 +245,8 @@ def _jacobi_kernel(
     """Cyclic Jacobi rotations: in one step all pairs (i, i ^ k) at once, in a sweep all k."""
     i = tl.arange(0, BLOCK)
     row, column = i[:, None], i[None, :]
-    at = tl.program_id(0) * n * n + row * n + column
+    matrix = tl.program_id(0).to(tl.int64)
+    at = matrix * n * n + row * n + column
     inside = (row < n) & (column < n)
     a = tl.load(matrices + at, mask=inside, other=0.0)
     v = tl.where(row == column, 1.0, 0.0).to(tl.float64)
@@ -269,7 +271,7 @@ def _jacobi_kernel(
             a = cosine[None, :] * a + sine[None, :] * tl.gather(a, column_partner, 1)
             v = cosine[None, :] * v + sine[None, :] * tl.gather(v, column_partner, 1)
     values = tl.sum(tl.where(row == column, a, 0.0), axis=1)
-    tl.store(eigenvalues + tl.program_id(0) * n + i, values, mask=i < n)
+    tl.store(eigenvalues + matrix * n + i, values, mask=i < n)
     tl.store(eigenvectors + at, v, mask=inside)
 
 
@@ -351,8 +353,9 @@ def relation_scores_backward(
 
 
 def sample_gram(rows: Tensor) -> Tensor:
-    """Gram matrix, float64, of the rows of a matrix with contiguous rows, in two launches."""
+    """Gram matrix, float64, of the rows of a matrix, in two launches."""
     batch, features = rows.shape
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
     block_b, block_k = max(16, triton.next_power_of_2(batch)), 64
     splits = min(_FEATURE_SPLITS, triton.cdiv(features, block_k))
     partial = rows.new_empty(splits, batch, batch, dtype=torch.float64)
@@ -416,7 +419,9 @@ def _tile(places: int, dim: int) -> tuple[int, int]:
 
 
 def _serves(pixels: Tensor, query: Tensor) -> bool:
-    fits = pixels.shape[2] <= _MAX_CHANNELS and query.shape[1] <= _MAX_TOKENS
+    tokens, dim = query.shape[1:]
+    accumulator = triton.next_power_of_2(tokens) * triton.next_power_of_2(dim)
+    fits = accumulator <= _TILE and tokens <= _MAX_TOKENS
     return fits and query.dtype == torch.float32
 
 
@@ -478,7 +483,7 @@ def _(grad: Tensor, grams: Tensor, distillation_trains_relation: bool) -> Tensor
         return route(grad, grams, distillation_trains_relation)
 
 
-@spectral.op.register_kernel("cuda")
+@spectral.eigh.register_kernel("cuda")
 def _(matrices: Tensor) -> tuple[Tensor, Tensor]:
     if matrices.shape[-1] > spectral.SMALL or not hasattr(tl, "gather"):  # Triton before 3.3
         eigenvalues, eigenvectors = torch.linalg.eigh(matrices)

@@ -15,7 +15,7 @@ from renyi_kd._checks import (
 )
 from renyi_kd._precision import compute_dtype
 from renyi_kd.features import Features
-from renyi_kd.gram import sample_gram
+from renyi_kd.gram import gram_error, sample_gram
 from renyi_kd.joint import joint_grams
 from renyi_kd.relation import RelationModule, flatten_features
 from renyi_kd.spectral import choose_method, spectral_entropy
@@ -161,7 +161,7 @@ def _losses(
         joint_grams(grams, distillation_trains_relation),
         alpha,
         choose_method(alpha, None),
-        epsilon=torch.finfo(torch.float64).eps,
+        epsilon=gram_error(image_embedding),
     ).unbind()
     entropy_t, entropy_s, _, entropy_imt, entropy_ts = entropies
     distilled_entropy_t = entropy_t if distillation_trains_relation else entropy_t.detach()

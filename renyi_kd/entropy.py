@@ -51,8 +51,8 @@ def renyi_entropy(gram: Tensor, alpha: float = 2.0, *, method: Method | None = N
         gradient; a zero matrix has entropy 0. At orders up to 1 the gradient on a singular matrix
         is unbounded, and that on the range of the matrix is taken; at orders below 1 eigenvalues
         up to `n * eps` times the largest count as zero. `"eigvalsh"` makes a CUDA device wait for
-        the host, except up to n = 32 with Triton >= 3.3, and has no second derivative on repeated
-        eigenvalues; the other methods do not wait and have one.
+        the host, except up to n = 32 with Triton >= 3.3. It has no second derivative on repeated
+        eigenvalues, on CUDA none up to n = 32. The other methods do not wait and have one.
 
     References:
         L. G. Sánchez Giraldo, M. Rao, J. C. Príncipe, Measures of entropy from data using

@@ -218,8 +218,9 @@ def _(samples: Tensor) -> Tensor:
 @torch.library.custom_op("renyi_kd::sample_gram_backward", mutates_args=())
 def _sample_gram_backward(grad: Tensor, samples: Tensor) -> Tensor:
     symmetric = grad + grad.mT
-    grad_samples = torch.empty_like(samples)
-    rows, grad_rows = (in_memory_order(x).flatten(1) for x in (samples, grad_samples))
+    rows = in_memory_order(samples).flatten(1)
+    grad_samples = _dense_in_memory_order(samples)
+    grad_rows = grad_samples.permute(0, *_memory_order(samples)).flatten(1)
     columns = max(1, _BLOCK // rows.shape[0])
     blocks = (torch.split(x, columns, dim=1) for x in (rows, grad_rows))
     for block, grad_block in zip(*blocks, strict=True):
@@ -229,7 +230,7 @@ def _sample_gram_backward(grad: Tensor, samples: Tensor) -> Tensor:
 
 @_sample_gram_backward.register_fake
 def _(grad: Tensor, samples: Tensor) -> Tensor:
-    return torch.empty_like(samples)
+    return _dense_in_memory_order(samples)
 
 
 def _save_samples(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -244,6 +245,12 @@ def _backward(ctx: Any, grad: Tensor) -> Tensor:
 op.register_autograd(_backward, setup_context=_save_samples)
 
 
+def gram_error(samples: Tensor) -> float:
+    """Relative rounding error of the entries of `sample_gram`."""
+    chunked = samples.dtype != torch.float64 and samples.shape[1:].numel() >= _LONG
+    return 1e-8 if chunked else torch.finfo(torch.float64).eps
+
+
 def is_long(rows: Tensor) -> bool:
     """Whether rounding errors of float32 sums over chunks average out."""
     return rows.shape[1] >= _LONG
@@ -251,8 +258,18 @@ def is_long(rows: Tensor) -> bool:
 
 def in_memory_order(samples: Tensor) -> Tensor:
     """The axes of a sample from the slowest to the fastest: a dense map flattens to a view."""
-    axes = sorted(range(1, samples.ndim), key=samples.stride, reverse=True)
-    return samples.permute(0, *axes)
+    return samples.permute(0, *_memory_order(samples))
+
+
+def _memory_order(samples: Tensor) -> list[int]:
+    return sorted(range(1, samples.ndim), key=samples.stride, reverse=True)
+
+
+def _dense_in_memory_order(samples: Tensor) -> Tensor:
+    """An empty tensor of the same shape, dense, with its axes in the order of `samples`."""
+    axes = _memory_order(samples)
+    dense = samples.new_empty(samples.shape[0], *(samples.shape[axis] for axis in axes))
+    return dense.permute(0, *(1 + axes.index(axis) for axis in range(1, samples.ndim)))
 
 
 def _check_samples(x: Tensor, y: Tensor | None) -> torch.dtype:

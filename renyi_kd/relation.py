@@ -118,6 +118,7 @@ class DotProductRelation(nn.Module):
         dim = mask_tokens.shape[-1] if mask_tokens.ndim else 0
         features = flatten_features(image_embedding, mask_tokens, dim)
         pixels, tokens = features[0], features[1].to(compute_dtype(*features))
+        # Nothing is normalised without a query; with an eps of one constant pixels stay finite.
         no_query, no_offset = torch.zeros_like(tokens), tokens.new_zeros(tokens.shape[:2])
         return unit_length(relation_scores(pixels, no_query, tokens, no_offset, eps=1.0))
 

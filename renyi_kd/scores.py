@@ -1,4 +1,4 @@
-r"""Relation scores from one read of the image embedding (InfoSAM, Eq. 8 and 9, folded).
+r"""Relation scores from the image embedding as it is (InfoSAM, Eq. 8 and 9, folded).
 
 The textbook form normalises and projects every pixel. With the key projection and the layer norm's
 scale folded into the query of a token, neither is needed:
@@ -7,8 +7,8 @@ scale folded into the query of a token, neither is needed:
     = \frac{w \cdot (f_p - \mu_p)}{\sigma_p} + c
 
 A pixel :math:`f_p` takes part by its mean, its deviation and its inner product with :math:`w`.
-Nothing of the size of the map is written or kept; backward reads the map once and writes its
-gradient.
+Nothing of the size of the map is written or kept but its gradient. The kernel reads the map once
+each way; here moments and products are passes of their own.
 """
 
 from collections.abc import Iterator
@@ -59,7 +59,8 @@ def scores_by_blocks(
                 products[b, :, p] = (block @ rows[b].mT).mT
             else:
                 products[b, :, p] = rows[b] @ block.mT
-    rstd = (variance + eps).rsqrt()
+    # Where the squares overflow, a reciprocal of zero would pass for a constant pixel.
+    rstd = torch.where(variance == torch.inf, torch.nan, (variance + eps).rsqrt())
     normalized = products[:, : query.shape[1]] * rstd.unsqueeze(1)
     scores = normalized + offset.unsqueeze(2)
     if residual is not None:
@@ -96,6 +97,7 @@ def gradients_by_blocks(
     for_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `pixels`, `query` and `residual`; the first and the last empty if not wanted."""
+    query = query.contiguous()
     dtype = ieee_dtype(query.dtype, query.device)
     scaled = grad * rstd.unsqueeze(1)
     rows = _rows(query, residual).to(dtype)
@@ -121,8 +123,8 @@ def gradients_by_blocks(
             if block is not target:
                 target.copy_(block)
     grad_query = sums[:, : query.shape[1]] - (scaled * mean.unsqueeze(1)).sum(dim=2, keepdim=True)
-    grad_residual = sums[:, query.shape[1] :]
-    return grad_pixels, grad_query.to(query.dtype), grad_residual.to(query.dtype, copy=True)
+    grad_residual = sums[:, query.shape[1] :].to(query.dtype).clone()
+    return grad_pixels, grad_query.to(query.dtype), grad_residual
 
 
 backward_op = torch.library.custom_op(
@@ -144,8 +146,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(pixels) if for_pixels else pixels.new_empty(0),
-        torch.empty_like(query),
-        torch.empty_like(query) if for_residual else query[:, :0].clone(),
+        query.new_empty(query.shape),
+        query.new_empty(query.shape[0], query.shape[1] if for_residual else 0, query.shape[2]),
     )
 
 
@@ -243,7 +245,12 @@ def _rows(query: Tensor, residual: Tensor | None) -> Tensor:
 
 def _moments(pixels: Tensor, mean: Tensor, variance: Tensor) -> None:
     """Fill in the mean and the variance of each pixel, of the mean first: no digits cancel."""
-    if pixels.is_cpu and pixels[0].mT.is_contiguous():
+    if not pixels.is_cpu:
+        of_variance, of_mean = torch.var_mean(pixels, dim=2, correction=0)
+        variance.copy_(of_variance)
+        mean.copy_(of_mean)
+        return
+    if pixels[:1].mT.is_contiguous():
         for sample, mu, var in zip(pixels, mean, variance, strict=True):
             # Of a (D, P) matrix, batch statistics are those of its columns; var_mean takes ten
             # times as long.

@@ -133,20 +133,20 @@ def _entropy_from_eigenvalues(matrix: Tensor, alpha: float, epsilon: float) -> T
 def _eigenvalues(matrix: Tensor) -> Tensor:
     """Eigenvalues of symmetric matrices, in any order."""
     if matrix.is_cuda and matrix.shape[-1] <= SMALL:
-        eigenvalues: Tensor = op(matrix)[0]
+        eigenvalues: Tensor = eigh(matrix)[0]
     else:
         eigenvalues = torch.linalg.eigvalsh(matrix)
     return eigenvalues
 
 
 @torch.library.custom_op("renyi_kd::eigh", mutates_args=())
-def op(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, in any order, and eigenvectors; cuSOLVER's would make the device wait."""
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, in any order, and eigenvectors, for backward; on CUDA nothing has to wait."""
     eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
     return eigenvalues, eigenvectors.contiguous()
 
 
-@op.register_fake
+@eigh.register_fake
 def _(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return matrix.new_empty(matrix.shape[:-1]), matrix.new_empty(matrix.shape)
 
@@ -171,4 +171,4 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> Tensor:
     return grad_matrix
 
 
-op.register_autograd(_backward, setup_context=_save_eigenvectors)
+eigh.register_autograd(_backward, setup_context=_save_eigenvectors)

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from renyi_kd import InfoSAMDistiller, RelationModule, infosam_terms, scores
+from renyi_kd import DotProductRelation, InfoSAMDistiller, RelationModule, infosam_terms, scores
 from renyi_kd._precision import ieee_dtype
 from renyi_kd.folding import fold_query
 from renyi_kd.gram import sample_gram
 from renyi_kd.joint import joint_grams
 from renyi_kd.scores import relation_scores, unit_length
-from renyi_kd.spectral import op as eigh
+from renyi_kd.spectral import eigh
 
 LAYOUTS = {
     "channels first": lambda x: x.mT.contiguous().mT,
@@ -205,12 +205,32 @@ def test_registration():
     pixels, query, offset = leaf(2, 5, 3), leaf(2, 2, 3, seed=1), leaf(2, 2, seed=2)
     for residual in (None, leaf(2, 2, 3, seed=3)):
         check(torch.ops.renyi_kd.scores.default, (pixels, query, residual, offset, 1e-5))
+    # As of tokens (N, B, D): strides must be foreseen too.
+    turned = leaf(2, 3, 4).transpose(0, 1)
+    for residual in (None, turned):
+        inputs = leaf(3, 5, 4), turned, residual, leaf(3, 2)
+        check(torch.ops.renyi_kd.scores.default, (*inputs, 1e-5))
+        _, normalized, mean, rstd = torch.ops.renyi_kd.scores(*inputs, 1e-5)
+        saved = [x if x is None else x.detach() for x in (*inputs[:3], normalized, mean, rstd)]
+        arguments = draw(3, 2, 5), *saved, True, residual is not None
+        check(torch.ops.renyi_kd.scores_backward.default, arguments)
     check(torch.ops.renyi_kd.unit_length.default, (leaf(2, 3, 4),))
+    check(torch.ops.renyi_kd.unit_length.default, (leaf(2, 3, 4).transpose(0, 1),))
     check(torch.ops.renyi_kd.sample_gram.default, (leaf(2, 3, 4),))
     check(torch.ops.renyi_kd.joint_grams.default, (raw_grams().requires_grad_(), True))
     check(torch.ops.renyi_kd.eigh.default, (raw_grams().requires_grad_(),))
     arguments = [leaf(*shape, seed=i) for i, shape in enumerate(FOLD_SHAPES)]
     check(torch.ops.renyi_kd.fold.default, (*arguments, True, 1e-5))
+    arguments[0] = arguments[0].transpose(0, 1)
+    check(torch.ops.renyi_kd.fold.default, (*arguments, True, 1e-5))
+
+
+def test_moments_off_the_cpu():
+    """As far as shapes go: elsewhere than on a CPU a map is one block, however long."""
+    pixels = torch.empty(2, 4096, 256, device="meta")
+    assert pixels[0].numel() > scores.BLOCK
+    mean, variance = (torch.empty(2, 4096, device="meta") for _ in range(2))
+    scores._moments(pixels, mean, variance)
 
 
 @pytest.mark.parametrize("trains_relation", [True, False])
@@ -254,13 +274,36 @@ def test_sample_gram_of_long_maps(dtype, spread, features):
     assert (gram / (length[:, None] * length) - rows @ rows.mT).abs().max() < tolerance
 
 
-def test_sample_gram_passes_a_gradient():
-    samples = draw(3, 4, 300, dtype=torch.float32).mT.requires_grad_()
+@pytest.mark.parametrize(
+    "samples",
+    [
+        draw(3, 4, 300).mT,
+        draw(4, 300, 3).permute(2, 0, 1),
+        draw(300, 3, 4).transpose(0, 1),
+        draw(3, 4, 1, 6).expand(3, 4, 5, 6),
+        draw(3, 1, 5, 6).expand(3, 4, 5, 6),
+        draw(1, 4, 5).expand(3, 4, 5),
+    ],
+    ids=["channels first", "batch last", "batch inside", "repeated", "repeated outside", "one"],
+)
+def test_sample_gram_passes_a_gradient(samples):
+    samples = samples.float().requires_grad_()
     cotangent = draw(3, 3, seed=1)
     (gradient,) = torch.autograd.grad(sample_gram(samples), samples, cotangent)
     expected = (cotangent + cotangent.mT) @ samples.detach().double().flatten(1)
-    assert gradient.stride() == samples.stride()
     assert relative_error(gradient.flatten(1), expected) < 1e-6
+    if samples.mT.is_contiguous():
+        assert gradient.stride() == samples.stride()
+    torch.library.opcheck(torch.ops.renyi_kd.sample_gram.default, (samples,))
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 0.9])
+def test_rounding_of_long_maps_is_no_information(alpha):
+    """Proportional samples, of entropy zero, are no more than that below order 1."""
+    maps = draw(1, 2**18 + 256).float() * torch.tensor([[1.0], [0.3], [2.7], [1.9]])
+    tokens, relation = torch.ones(4, 3), draw(4, 9, seed=1)
+    terms = infosam_terms(relation, relation, maps, tokens, alpha=alpha)
+    assert abs(terms.teacher_feature_entropy) < 1e-6
 
 
 def test_image_embedding_may_train():
@@ -362,3 +405,17 @@ def test_a_non_finite_pixel_shows_in_channels_last(bad):
     pixels[1, 3, 2] = bad
     values = results(module, module, pixels, draw(2, 1, 6, seed=1).float())
     assert all(not value.isfinite().all() for value in values)
+
+
+@pytest.mark.parametrize("layout", ["channels first", "channels last"])
+def test_overflow_is_not_hidden(layout):
+    """Where squares leave float32, dividing by an infinite deviation would give zero."""
+    module = make_relation(64, "normalized").float()
+    pixels = LAYOUTS[layout](2e19 * draw(2, 9, 64).float())
+    assert module(pixels, draw(2, 1, 64).float()).isnan().all()
+
+
+def test_an_empty_batch():
+    shapes = (0, 8, 4, 4), (0, 1, 8)
+    for module in (RelationModule(8), DotProductRelation()):
+        assert module(*map(torch.empty, shapes)).shape == (0, 1, 16)
