@@ -201,9 +201,8 @@ class InfoSAMDistiller(nn.Module):
 
     Note:
         At alpha 2 and other integers up to 32, and with Triton >= 3.3 at every order up to 32
-        samples, nothing waits for a CUDA device. Each map is read once forward and once backward,
-        and nothing of its size is kept for backward. There is no second derivative. Non-finite
-        features give a non-finite loss and gradients.
+        samples, nothing waits for a CUDA device. Nothing of a map's size is kept for backward.
+        There is no second derivative. Non-finite features give a non-finite loss and gradients.
 
     Example:
         >>> distiller = InfoSAMDistiller(dim=8)

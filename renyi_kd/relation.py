@@ -48,10 +48,10 @@ class RelationModule(nn.Module):
 
     Note:
         The arithmetic is that of the result's dtype, by IEEE rules whatever autocast and
-        `torch.set_float32_matmul_precision` allow, forward and backward. The map is read once and
-        nothing of its size is kept for backward; there is no second derivative. The parameter
-        names are those of the authors' release, so that its relation module loads with
-        `load_state_dict`.
+        `torch.set_float32_matmul_precision` allow, forward and backward. Float32 features beyond
+        1e18 overflow to NaN. Nothing of the map's size is kept for backward; there is no second
+        derivative. The parameter names are those of the authors' release, so that its relation
+        module loads with `load_state_dict`.
 
     Example:
         >>> relation = RelationModule(dim=8)
