@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from finetuning import checkpoint
 from finetuning.adaptation import adapt
+from finetuning.cache import teacher_encoder
 from finetuning.data import loaders
 from finetuning.evaluation import evaluate
 from finetuning.logbook import Logbook
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             compression_weight=options.compression_weight,
             distillation_weight=options.distillation_weight,
         )
+        encode = teacher_encoder(teacher, splits["train"], options)
         last = open_run(options)
 
     modules = {"student": student, "distiller": distiller}
@@ -85,8 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                         loss, terms, features = structure, None, of_student.pop()
                         if not options.no_infosam:
                             with torch.no_grad():
-                                teacher(batch.images, prompts)
-                            terms = distiller.terms(of_teacher.pop(), features)
+                                embedding = encode(batch)
+                                teacher.decode([embedding], prompts)
+                            terms = distiller.terms(of_teacher.pop(embedding), features)
                             loss = structure + terms.loss
                     accelerator.backward(loss)
                     optimizer.step()

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from finetuning import checkpoint
 from finetuning.adaptation import adapt
+from finetuning.cache import teacher_encoder
 from finetuning.data import loaders
 from finetuning.evaluation import evaluate
 from finetuning.huggingface import build
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             compression_weight=options.compression_weight,
             distillation_weight=options.distillation_weight,
         )
+        encode = teacher_encoder(teacher, splits["train"], options)
         last = open_run(options)
 
     modules = {"student": student, "distiller": distiller}
@@ -78,8 +80,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                             logits, batch.masks, batch.valid, legacy=options.legacy_loss
                         )
                         with torch.no_grad():
-                            teacher(batch.images, prompts)
-                        terms = distiller.terms(of_teacher.pop(), of_student.pop())
+                            embedding = encode(batch)
+                            teacher.decode([embedding], prompts)
+                        terms = distiller.terms(of_teacher.pop(embedding), of_student.pop())
                         loss = structure + terms.loss
                     accelerator.backward(loss)
                     optimizer.step()

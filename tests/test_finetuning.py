@@ -154,6 +154,20 @@ def test_infosam_acts_on_the_student(data: Path, tmp_path: Path) -> None:
     assert structure[0] == structure[1]  # the same first batch and prompts
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_a_teacher_cache(family: str, data: Path, tmp_path: Path, capsys) -> None:
+    """The run that fills the cache, one that finds it, and about the one without it."""
+    for name in ("fills", "finds"):
+        options = ["--epochs", 1, "--teacher-cache", tmp_path / "cache"]
+        run(FAMILIES[family], data, tmp_path / name, *options)
+    assert "MB found in" in capsys.readouterr().out
+    assert_same_run(tmp_path / "fills", tmp_path / "finds", "epoch-001")
+    run(FAMILIES[family], data, tmp_path / "without", "--epochs", 1)
+    one, other = (rows(tmp_path / name)[0] for name in ("fills", "without"))
+    assert one["structure"] == other["structure"]
+    assert one["infosam"] == pytest.approx(other["infosam"], rel=0.02)
+
+
 def test_a_larger_teacher(data: Path, tmp_path: Path, monkeypatch) -> None:
     script = importlib.import_module("finetune_sam")
     built = []

@@ -177,7 +177,14 @@ def batch(masks: Tensor, valid: Tensor | None = None):
     from finetuning.data import Batch
 
     valid = torch.ones_like(masks) if valid is None else valid
-    return Batch(torch.zeros(len(masks), 3, 1, 1), masks, valid, masks_to_boxes(masks), [])
+    return Batch(
+        torch.zeros(len(masks), 3, 1, 1),
+        masks,
+        valid,
+        masks_to_boxes(masks),
+        torch.arange(len(masks)),
+        [],
+    )
 
 
 @pytest.mark.parametrize(("count", "on_object"), [(1, 1), (2, 1), (5, 2), (8, 4)])

@@ -90,13 +90,17 @@ def load_weights(checkpoint: Path, modules: Modules) -> None:
         load_trainable_state(module, load_file(checkpoint / f"{name}.safetensors"))
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that is never seen half written."""
     unfinished = path.with_name(path.name + UNFINISHED)
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
-        file.write(text)
+    unfinished.write_bytes(content)
     sync(unfinished)
     unfinished.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text that is never seen half written."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, content: object) -> None:

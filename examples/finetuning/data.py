@@ -162,10 +162,10 @@ def check(splits: Splits) -> None:
     first: dict[str, tuple[str, Row]] = {}
     for split, members in splits.items():
         for row in members:
-            _, digest = next(digests)
-            if digest is None:
+            _, image_digest = next(digests)
+            if image_digest is None:
                 continue
-            earlier_split, earlier = first.setdefault(digest, (split, row))
+            earlier_split, earlier = first.setdefault(image_digest, (split, row))
             if earlier_split != split:
                 problems.append(f"{row.source}: {row.image} is also in {earlier.source}")
     if problems:
@@ -174,11 +174,11 @@ def check(splits: Splits) -> None:
 
 def check_row(row: Row) -> tuple[list[str], str | None]:
     """Return what is wrong with a row, and a digest of the image if it can be read."""
-    problems, digest = [], None
+    problems, image_digest = [], None
     image = mask = None
     try:
         image = read_image(row.image)
-        digest = hashlib.sha256(row.image.read_bytes()).hexdigest()
+        image_digest = digest(row.image)
     except UNREADABLE as error:
         problems.append(f"{row.source}: image {describe(row.image, error)}")
     try:
@@ -192,7 +192,12 @@ def check_row(row: Row) -> tuple[list[str], str | None]:
         problems.append(
             f"{row.source}: {row.image} is {w} x {h} and its mask {row.label} {mask_w} x {mask_h}"
         )
-    return problems, digest
+    return problems, image_digest
+
+
+def digest(path: Path) -> str:
+    """Return a name for the content of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def describe(path: Path, error: Exception) -> str:
@@ -208,6 +213,7 @@ class Batch(NamedTuple):
     masks: Tensor  # (B, size, size), bool
     valid: Tensor  # (B, size, size), bool: picture, not padding
     boxes: Tensor  # (B, 4), tight, in pixels of the input
+    index: Tensor  # (B,), of the row in its split
     truths: list[Tensor]  # each (H, W), bool, as in the file
 
 
@@ -228,7 +234,8 @@ class MaskedImages(Dataset[tuple[Tensor, ...]]):
         truth = torch.from_numpy(mask)
         box = frame.boxes(masks_to_boxes(truth[None])[0], *mask.shape)
         image = frame.image(read_image(row.image))
-        return image, frame.mask(mask), frame.valid(*mask.shape), box, truth
+        valid, place = frame.valid(*mask.shape), torch.tensor(index)
+        return image, frame.mask(mask), valid, box, place, truth
 
 
 def loaders(

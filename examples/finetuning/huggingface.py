@@ -38,8 +38,27 @@ class HuggingFaceSAM(Segmenter):
         """The mask decoder."""
         return self.model.mask_decoder
 
-    def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
-        """Return mask logits (B, h, w) for images (B, 3, size, size), one prompt each."""
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """Return finer levels, of SAM2, and the image embedding of images (B, 3, size, size)."""
+        if isinstance(self.model, SamModel):
+            return [self.encoder(images)[0]]
+        # As get_image_embeddings, which is under no_grad.
+        *fine, embedding = self.model.get_image_features(images, return_dict=True).fpn_hidden_states
+        levels = [*fine, embedding + self.model.no_memory_embedding]
+        return [
+            level.permute(1, 2, 0).unflatten(2, tuple(size))  # (h w, B, D) to (B, D, h, w)
+            for level, size in zip(levels, self.model.backbone_feature_sizes, strict=True)
+        ]
+
+    def decode(self, levels: list[Tensor], prompts: Prompts) -> Tensor:
+        """Return mask logits (B, h, w), one prompt for each image."""
+        *fine, embedding = levels
+        if not fine and isinstance(self.model, Sam2Model):
+            batch, dim, height, width = embedding.shape
+            fine = [
+                embedding.new_zeros(batch, dim // 8, 4 * height, 4 * width),
+                embedding.new_zeros(batch, dim // 4, 2 * height, 2 * width),
+            ]
         if prompts.boxes is not None:
             asked = {"input_boxes": prompts.boxes[:, None]}
         else:
@@ -47,7 +66,9 @@ class HuggingFaceSAM(Segmenter):
                 "input_points": prompts.points[:, None],
                 "input_labels": prompts.labels[:, None],
             }
-        return self.model(pixel_values=images, multimask_output=False, **asked).pred_masks[:, 0, 0]
+        embeddings = [*fine, embedding] if fine else embedding
+        output = self.model(image_embeddings=embeddings, multimask_output=False, **asked)
+        return output.pred_masks[:, 0, 0]
 
 
 def build(name: str) -> HuggingFaceSAM:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from finetuning import checkpoint, data
 from finetuning.adaptation import METHODS
+from finetuning.cache import DTYPES
 
 FREE = ("resume", "threads", "workers", "cpu", "log_every")  # may change when a run resumes
 
@@ -38,6 +39,12 @@ def parse(
         group.add_argument("--teacher-checkpoint", type=Path, help="the weights of --teacher")
     else:
         group.add_argument("--model", required=True, help="a folder, tiny-sam or tiny-sam2")
+    group.add_argument(
+        "--teacher-cache", type=Path, help="folder for the teacher's image embeddings"
+    )
+    group.add_argument(
+        "--cache-dtype", choices=DTYPES, default="float16", help="of --teacher-cache"
+    )
     group.add_argument("--method", choices=METHODS, default="lora", help="what trains")
     group.add_argument("--rank", type=positive, default=4, help="of LoRA, and its alpha")
     group.add_argument(

@@ -31,10 +31,14 @@ class SegmentAnything(Segmenter):
         """The mask decoder."""
         return self.model.mask_decoder
 
-    def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
-        """Return mask logits (B, h, w) for images (B, 3, size, size), one prompt each."""
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """Return the image embedding (B, D, h, w) of images (B, 3, size, size)."""
+        return [self.encoder(images)]
+
+    def decode(self, levels: list[Tensor], prompts: Prompts) -> Tensor:
+        """Return mask logits (B, h, w), one prompt for each image."""
         points = None if prompts.points is None else (prompts.points, prompts.labels)
-        return decode(self.model, self.encoder(images), boxes=prompts.boxes, points=points)
+        return decode(self.model, levels[-1], boxes=prompts.boxes, points=points)
 
 
 def build(name: str, checkpoint: Path | None) -> SegmentAnything:

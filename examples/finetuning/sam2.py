@@ -40,16 +40,22 @@ class SegmentAnything2(Segmenter):
         """The mask decoder."""
         return self.model.sam_mask_decoder
 
-    def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
-        """Return mask logits (B, h, w) for images (B, 3, size, size), one prompt each."""
-        model = self.model
-        _, levels, _, sizes = model._prepare_backbone_features(model.forward_image(images))
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """Return two finer levels and the image embedding of images (B, 3, size, size)."""
+        *fine, embedding = self.model.forward_image(images)["backbone_fpn"]
+        return [*fine, embedding]
+
+    def decode(self, levels: list[Tensor], prompts: Prompts) -> Tensor:
+        """Return mask logits (B, h, w), one prompt for each image."""
+        model, (*fine, embedding) = self.model, levels
+        if not fine:
+            batch, dim, height, width = embedding.shape
+            fine = [
+                embedding.new_zeros(batch, dim // 8, 4 * height, 4 * width),
+                embedding.new_zeros(batch, dim // 4, 2 * height, 2 * width),
+            ]
         if model.directly_add_no_mem_embed:
-            levels[-1] = levels[-1] + model.no_mem_embed
-        *fine, embedding = (
-            level.permute(1, 2, 0).unflatten(2, size)  # (h w, B, D) to (B, D, h, w)
-            for level, size in zip(levels, sizes, strict=True)
-        )
+            embedding = embedding + model.no_mem_embed.mT[..., None]
         points = None if prompts.points is None else (prompts.points, prompts.labels)
         sparse, dense = model.sam_prompt_encoder(points=points, boxes=prompts.boxes, masks=None)
         masks, *_ = model.sam_mask_decoder(

@@ -23,6 +23,8 @@ class Segmenter(nn.Module):
         dim: Channels of its image embedding and mask tokens.
     """
 
+    stride = 16  # pixels of the input a place of the image embedding, in every SAM and SAM2
+
     def __init__(self, model: nn.Module, frame: Frame, dim: int) -> None:
         super().__init__()
         self.model, self.frame, self.dim = model, frame, dim
@@ -37,9 +39,21 @@ class Segmenter(nn.Module):
         """The mask decoder."""
         raise NotImplementedError
 
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """Return what the decoder takes of images (B, 3, size, size), the image embedding last."""
+        raise NotImplementedError
+
+    def decode(self, levels: list[Tensor], prompts: Prompts) -> Tensor:
+        """Return mask logits (B, h, w), one prompt for each image.
+
+        Of the image embedding alone, if that is all there is in `levels`, the mask tokens are right
+        but not the masks.
+        """
+        raise NotImplementedError
+
     def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
         """Return mask logits (B, h, w) for images (B, 3, size, size), one prompt each."""
-        raise NotImplementedError
+        return self.decode(self.encode(images), prompts)
 
 
 def check_teacher(teacher: Segmenter, student: Segmenter) -> None:

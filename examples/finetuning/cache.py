@@ -1,0 +1,126 @@
+"""The teacher's image embeddings, computed once and kept on disk."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finetuning import checkpoint
+from finetuning.data import Batch, Row, digest
+from finetuning.segmenter import Segmenter
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def teacher_encoder(
+    teacher: Segmenter, rows: list[Row], options: argparse.Namespace
+) -> Callable[[Batch], Tensor]:
+    """Return what gives the teacher's image embeddings of a batch: its encoder, or a cache."""
+    if options.teacher_cache is None or options.no_infosam:
+        return lambda batch: teacher.encode(batch.images)[-1]
+    return CachedEncoder(
+        teacher, rows, options.teacher_cache, options.cache_dtype, options.precision
+    )
+
+
+class CachedEncoder:
+    """The image embeddings of a frozen teacher for the rows of a data set.
+
+    The embedding depends on the image alone, so each is computed when it is first asked for. What
+    is returned is always what the file holds, so that the first epoch sees the same values as the
+    others and a resumed run. The file's name is a digest of the teacher's weights, its
+    preprocessing, the precision and the images: what has changed is not found.
+
+    Killed while writing, an embedding that is not whole is computed again: each is marked as whole
+    after it has reached the disk.
+
+    Args:
+        teacher: In eval mode, frozen.
+        rows: Of the data set, in its order.
+        folder: Of the cache; several runs may share it.
+        dtype: Name of the dtype on disk.
+        precision: In which the teacher runs.
+
+    Raises:
+        ValueError: If the folder cannot be written to, and does not hold all that is needed.
+    """
+
+    def __init__(
+        self, teacher: Segmenter, rows: list[Row], folder: Path, dtype: str, precision: str
+    ) -> None:
+        self.teacher, self.dtype = teacher, DTYPES[dtype]
+        side = teacher.frame.size // teacher.stride
+        self.shape = teacher.dim, side, side
+        self.bytes = math.prod(self.shape) * self.dtype.itemsize
+        self.path = folder / key(teacher, rows, dtype, precision)
+        size = len(rows) * self.bytes
+        whole = self.path.with_suffix(".whole")
+        try:
+            found = whole.read_bytes() if whole.exists() and self.path.exists() else b""
+            if len(found) != len(rows):
+                print(f"Teacher cache: {size / 1e6:.1f} MB to write to {self.path}")
+                folder.mkdir(parents=True, exist_ok=True)
+                with self.path.open("wb") as file:
+                    reserve(file.fileno(), size)
+                found = bytes(len(rows))
+                checkpoint.write_bytes(whole, found)
+            elif all(found):
+                print(f"Teacher cache: all of {size / 1e6:.1f} MB found in {self.path}")
+            self.whole = bytearray(found)
+            self.marks = None if all(found) else os.open(whole, os.O_RDWR)
+            self.file = os.open(self.path, os.O_RDONLY if all(found) else os.O_RDWR)
+        except OSError as error:
+            raise ValueError(
+                f"--teacher-cache must be a folder with {size / 1e6:.1f} MB to write to, got "
+                f"{folder}: {error}"
+            ) from error
+        count = size // self.dtype.itemsize
+        stored = torch.from_file(str(self.path), shared=False, size=count, dtype=self.dtype)
+        self.embeddings = stored.view(len(rows), *self.shape)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return the image embeddings (B, D, h, w) of a batch, in float32."""
+        index = batch.index.tolist()
+        if not all(self.whole[i] for i in index):
+            self.write(index, self.teacher.encode(batch.images)[-1])
+        return self.embeddings[index].to(batch.images.device).float()
+
+    def write(self, index: list[int], embeddings: Tensor) -> None:
+        """Keep embeddings, first themselves and then that they are whole."""
+        rounded = embeddings.to(self.dtype).cpu().contiguous()
+        if embeddings.isfinite().all() and not rounded.isfinite().all():
+            raise ValueError(f"The teacher's embeddings leave the range of {self.dtype}: bfloat16?")
+        for i, embedding in zip(index, rounded, strict=True):
+            os.pwrite(self.file, embedding.view(torch.uint8).numpy(), i * self.bytes)
+        os.fsync(self.file)
+        for i in index:
+            os.pwrite(self.marks, b"\1", i)
+            self.whole[i] = 1
+
+
+def key(teacher: Segmenter, rows: list[Row], dtype: str, precision: str) -> str:
+    """Return a name that changes with all that the embeddings depend on."""
+    state = hashlib.sha256()
+    state.update(repr((teacher.frame, dtype, precision, torch.__version__)).encode())
+    for name, value in sorted(teacher.state_dict().items()):
+        state.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        state.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    for row in rows:
+        state.update(digest(row.image).encode())
+    return state.hexdigest()[:32]
+
+
+def reserve(file: int, size: int) -> None:
+    """Take the space on the disk now, so that it cannot run out later."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.truncate(file, size)
