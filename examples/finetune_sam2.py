@@ -27,7 +27,7 @@ from renyi_kd import FeatureCollector, InfoSAMDistiller
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, keep a checkpoint an epoch, and test the one that is best on validation data."""
-    options = parse(__doc__, argv, MODELS)
+    options = parse(__doc__, argv, "sam2", MODELS)
     with plain_errors():
         accelerator = accelerate(options)
         set_seed(options.seed)

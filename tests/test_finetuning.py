@@ -360,7 +360,7 @@ def test_documented_commands_parse(monkeypatch) -> None:
     for line in commands:
         _, script, *arguments = shlex.split(line, comments=True)
         models = getattr(importlib.import_module(Path(script).stem), "MODELS", ())
-        parse("", arguments, models)
+        parse("", arguments, "", models)
 
 
 def test_checkpoint_has_what_trains_and_nothing_else(data: Path, tmp_path: Path) -> None:

@@ -19,13 +19,14 @@ FREE = ("resume", "threads", "workers", "cpu", "log_every")  # may change when a
 
 
 def parse(
-    description: str, argv: Sequence[str] | None, models: Sequence[str] = ()
+    description: str, argv: Sequence[str] | None, package: str, models: Sequence[str] = ()
 ) -> argparse.Namespace:
     """Read the command line; the defaults are the paper's.
 
     Args:
         description: Of the script.
         argv: Arguments, those of the process by default.
+        package: The file beside this one that builds the model.
         models: Names that `--model` takes; none where it takes a folder with the weights.
     """
     parser = argparse.ArgumentParser(
@@ -67,7 +68,7 @@ def parse(
     group.add_argument("--distillation-weight", type=float, default=0.5)
     if models:
         group.add_argument("--no-infosam", action="store_true", help="without distilling")
-    parser.set_defaults(no_infosam=False)
+    parser.set_defaults(no_infosam=False, package=package)
 
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=positive, default=10)

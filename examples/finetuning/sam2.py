@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from sam2.build_sam import build_sam2
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor, nn
@@ -56,8 +57,12 @@ class SegmentAnything2(Segmenter):
             ]
         if model.directly_add_no_mem_embed:
             embedding = embedding + model.no_mem_embed.mT[..., None]
-        points = None if prompts.points is None else (prompts.points, prompts.labels)
-        sparse, dense = model.sam_prompt_encoder(points=points, boxes=prompts.boxes, masks=None)
+        points, labels = prompts.points, prompts.labels
+        if prompts.boxes is not None:
+            # As in the package's predictor, where boxes are points of the labels 2 and 3.
+            points = prompts.boxes.unflatten(1, (2, 2))
+            labels = torch.tensor([[2, 3]], device=points.device).expand(len(points), 2)
+        sparse, dense = model.sam_prompt_encoder(points=(points, labels), boxes=None, masks=None)
         masks, *_ = model.sam_mask_decoder(
             image_embeddings=embedding,
             image_pe=model.sam_prompt_encoder.get_dense_pe(),

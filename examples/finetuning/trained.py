@@ -1,0 +1,104 @@
+"""A trained student: out of its run, and into an official checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+
+from finetuning import checkpoint
+from finetuning.adaptation import adapt, add_adapters
+from finetuning.segmenter import Segmenter
+
+
+def load_run(folder: Path, epoch: int | None = None) -> tuple[Segmenter, argparse.Namespace]:
+    """Return the student of a run in eval mode, and the options of the run.
+
+    Args:
+        folder: The `--output` of a fine-tuning script.
+        epoch: After how many epochs; by default those with the best validation IoU so far.
+
+    Raises:
+        ValueError: If the folder holds no run or no such checkpoint.
+    """
+    path, last = folder / "options.json", checkpoint.latest(folder)
+    if not path.exists() or last is None:
+        raise ValueError(f"{folder} must hold a run with a checkpoint")
+    options = argparse.Namespace(**checkpoint.read_json(path))
+    if epoch is None:
+        state = torch.load(last / "state.pt", map_location="cpu", weights_only=True)
+        epoch = state["best"]["epoch"]
+    weights = checkpoint.of_epoch(folder, epoch)
+    if not weights.exists():
+        raise ValueError(f"{folder} must hold the checkpoint of epoch {epoch}, there is none")
+    set_seed(options.seed)  # small models without a checkpoint are random
+    build = import_module(f"finetuning.{options.package}").build
+    if options.package == "huggingface":
+        student = build(options.model)
+    else:
+        given = options.checkpoint
+        student = build(options.model, None if given is None else Path(given))
+    adapt(student, options.method, rank=options.rank, targets=options.targets)
+    checkpoint.load_weights(weights, {"student": student})
+    return student.eval().requires_grad_(False), options
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Add LoRA's products to the weights they adapt, and remove its layers."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLinear):
+            layer.merge(safe_merge=True)
+            model.set_submodule(name, layer.get_base_layer())
+
+
+def export(student: Segmenter, options: argparse.Namespace, path: Path) -> None:
+    """Write a trained student as a checkpoint of its package; LoRA is merged into the student.
+
+    Args:
+        student: From `load_run`.
+        options: From `load_run`.
+        path: A file for `sam_model_registry` or `build_sam2`, a folder for `from_pretrained`.
+            Adapters change the architecture: with them the file is for `load_adapters`.
+    """
+    merge_lora(student.model)
+    if options.package == "huggingface":
+        student.model.save_pretrained(path)
+        return
+    state = student.model.state_dict()
+    torch.save({"model": state} if options.package == "sam2" else state, path)
+
+
+def load_adapters(model: nn.Module, path: Path) -> nn.Module:
+    """Put a student with adapters into an official model.
+
+    Args:
+        model: `Sam`, `SAM2Base`, `SamModel` or `Sam2Model` of the student's size, as the package
+            builds it, with any weights; changed in place.
+        path: What `export` wrote of a student with adapters.
+
+    Returns:
+        The model, ready for the package's predictor.
+
+    Example:
+        `SamPredictor(load_adapters(sam_model_registry["vit_b"](), Path("leaf.pth")))`
+    """
+    encoder = model.vision_encoder if hasattr(model, "vision_encoder") else model.image_encoder
+    add_adapters(encoder)
+    if path.is_dir():
+        from safetensors.torch import load_file
+
+        # Tied weights are in the file once.
+        missing, unexpected = model.load_state_dict(
+            load_file(path / "model.safetensors"), strict=False
+        )
+        if unexpected or any("adapter" in name for name in missing):
+            raise ValueError(f"{path} must hold a model of this size with adapters")
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state.get("model", state))
+    return model.eval()

@@ -1,0 +1,96 @@
+"""Segment images with a fine-tuned model: `predict.py runs/leaf prompts.csv --output masks`.
+
+The table has columns `image` and either `x0,y0,x1,y1`, a box, or `x,y,label`, a point on (1) or
+beside (0) the object, in pixels of the image. Each box gives a mask; the points of an image give one
+together. Masks are PNG files of 0 and 255 in the size of the image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from finetuning.data import UNREADABLE, read_image
+from finetuning.frame import Frame
+from finetuning.options import plain_errors
+from finetuning.prompts import Prompts
+from finetuning.trained import load_run
+
+BOX, POINT = ("x0", "y0", "x1", "y1"), ("x", "y", "label")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the table, segment, write the masks."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="the --output of a fine-tuning script")
+    parser.add_argument("table", type=Path, help="the prompts")
+    parser.add_argument("--images", type=Path, help="folder of the images, by default the table's")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the masks")
+    parser.add_argument("--epoch", type=int, help="another one than the best")
+    arguments = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with plain_errors():
+        asked = read_prompts(arguments.table)
+        student, _ = load_run(arguments.run, arguments.epoch)
+        student.to(device)
+        folder = arguments.images or arguments.table.parent
+        for name, prompts in tqdm(asked.items(), "segmenting"):
+            target = (arguments.output / name).with_suffix("")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                image = read_image(folder / name)
+            except UNREADABLE as error:
+                raise ValueError(f"{folder / name} cannot be read: {error}") from error
+            height, width = image.shape[:2]
+            pixels = student.frame.image(image).to(device)[None]
+            with torch.no_grad():
+                levels = student.encode(pixels)
+                for i, prompt in enumerate(scaled(prompts, student.frame, height, width)):
+                    prompt = Prompts(*(x if x is None else x.to(device) for x in prompt))
+                    logits = student.decode(levels, prompt)[0]
+                    mask = student.frame.restore(logits, height, width) > 0
+                    path = f"{target}-{i + 1}.png" if i else f"{target}.png"
+                    Image.fromarray(mask.cpu().numpy()).convert("L").save(path)
+
+
+def read_prompts(path: Path) -> dict[str, list[list[float]]]:
+    """Return the rows of numbers of each image, four for a box and three for a point."""
+    asked = defaultdict(list)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file)
+            columns = BOX if {"image", *BOX} <= {*(table.fieldnames or ())} else POINT
+            if not {"image", *columns} <= {*(table.fieldnames or ())}:
+                raise ValueError(
+                    f"{path} must have columns image and {','.join(BOX)} or {','.join(POINT)}, "
+                    f"got {','.join(table.fieldnames or ())}"
+                )
+            for row in table:
+                asked[row["image"]].append([float(row[column]) for column in columns])
+    except (OSError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    return dict(asked)
+
+
+def scaled(prompts: list[list[float]], frame: Frame, height: int, width: int) -> Iterator[Prompts]:
+    """Return the prompts in pixels of the model's input: each box, or all points as one."""
+    numbers = torch.tensor(prompts)
+    if numbers.shape[1] == len(BOX):
+        for box in frame.boxes(numbers, height, width):
+            yield Prompts(box[None])
+    else:
+        points = frame.boxes(numbers[:, [0, 1, 0, 1]], height, width)[:, :2]
+        yield Prompts(points=points[None], labels=numbers[None, :, 2].int())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Trained students in the official packages, and masks of a folder of images."""
+
+import csv
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from sam2.build_sam import build_sam2
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+from segment_anything import SamPredictor
+from transformers import Sam2Model, SamModel
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TEACHER = str(EXAMPLES / "tiny_sam.safetensors")
+FAMILIES = {
+    "sam": ("finetune_sam", "--model", "tiny", "--checkpoint", TEACHER),
+    "sam2": ("finetune_sam2", "--model", "tiny"),
+    "transformers-sam": ("finetune_transformers", "--model", "tiny-sam"),
+    "transformers-sam2": ("finetune_transformers", "--model", "tiny-sam2"),
+}
+BOX = np.array([60.0, 50.0, 180.0, 190.0])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A function from family and method to the run of a trained student, far from its teacher."""
+    folder = tmp_path_factory.mktemp("export")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        sizes = ["--train", "4", "--val", "2", "--test", "2"]
+        importlib.import_module("make_dataset").main([str(folder / "data"), *sizes])
+
+        def train(family: str, method: str) -> Path:
+            output = folder / f"{family}-{method}"
+            if not output.exists():
+                AcceleratorState._reset_state(reset_partial_state=True)
+                GradientState._reset_state()
+                script, *model = FAMILIES[family]
+                options = ["--data", folder / "data", "--output", output, "--method", method]
+                options += ["--epochs", 2, "--lr", 1e-2, "--workers", 0, "--prompts", "boxes"]
+                importlib.import_module(script).main([*model, *map(str, options)])
+            return output
+
+        yield train
+
+
+def picture(folder: Path) -> np.ndarray:
+    return np.asarray(Image.open(sorted((folder.parent / "data" / "test").glob("*.jpg"))[0]))
+
+
+def official(family: str, path: Path, method: str) -> torch.nn.Module:
+    """The model as its package loads it, from what was exported."""
+    from finetuning import huggingface, sam2
+    from finetuning.trained import load_adapters
+    from tiny_sam import build_tiny_sam
+
+    adapters = method == "adapter"
+    if family == "sam":
+        # As sam_model_registry does, which has no entry of this size.
+        model = build_tiny_sam()
+        return load_adapters(model, path) if adapters else load_state(model, path)
+    if family == "sam2":
+        return build_or_adapt(path, adapters, sam2.TINY)
+    kind = SamModel if family == "transformers-sam" else Sam2Model
+    if adapters:
+        build = huggingface.tiny_sam if kind is SamModel else huggingface.tiny_sam2
+        model = load_adapters(build(), path)
+    else:
+        model = kind.from_pretrained(path).eval()
+    if kind is Sam2Model:
+        model.mask_decoder.dynamic_multimask_via_stability = False
+    return model
+
+
+def load_state(model: torch.nn.Module, path: Path) -> torch.nn.Module:
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model.eval()
+
+
+def build_or_adapt(path: Path, adapters: bool, overrides: list[str]) -> torch.nn.Module:
+    from finetuning.trained import load_adapters
+
+    arguments = {"device": "cpu", "apply_postprocessing": False, "hydra_overrides_extra": overrides}
+    config = "configs/sam2.1/sam2.1_hiera_t.yaml"
+    if adapters:
+        return load_adapters(build_sam2(config, **arguments), path)
+    return build_sam2(config, str(path), **arguments)
+
+
+def predicted(family: str, model: torch.nn.Module, image: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Masks and logits (H, W) by the package's own predictor."""
+    if family.startswith("transformers"):
+        from finetuning.frame import Frame
+
+        frame = Frame(256, keep_aspect=family == "transformers-sam")
+        with torch.no_grad():
+            output = model(
+                pixel_values=frame.image(image)[None],
+                input_boxes=torch.from_numpy(BOX).float()[None, None],
+                multimask_output=False,
+            )
+        logits = frame.restore(output.pred_masks[0, 0, 0], *image.shape[:2]).numpy()
+        return logits > 0, logits
+    predictor = SamPredictor(model) if family == "sam" else SAM2ImagePredictor(model)
+    if family == "sam2":
+        predictor._bb_feat_sizes = [(64, 64), (32, 32), (16, 16)]  # it has those of 1024 pixels
+    predictor.set_image(image)
+    asked = {"box": BOX, "multimask_output": False}
+    masks, *_ = predictor.predict(**asked)
+    logits, *_ = predictor.predict(**asked, return_logits=True)
+    return masks[0] > 0, logits[0]
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter", "bitfit", "decoder"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_official_predictor_gives_the_student(
+    family: str, method: str, trained, tmp_path: Path
+) -> None:
+    run = trained(family, method)
+    path = tmp_path / "exported"
+    importlib.import_module("export").main([str(run), str(path)])
+    image = picture(run)
+    masks, logits = predicted(family, official(family, path, method), image)
+
+    own, first = logits_of(run, image), logits_of(run, image, epoch=1)
+    assert np.abs(logits - own).max() <= 1e-4 * np.abs(own).max()
+    undecided = np.abs(own) < 1e-4 * np.abs(own).max()
+    assert (masks == (own > 0))[~undecided].all()
+    # Training changes the logits by more than that.
+    second = logits_of(run, image, epoch=2)
+    assert np.abs(second - first).max() > 1e-3 * np.abs(own).max()
+
+
+def logits_of(run: Path, image: np.ndarray, epoch: int | None = None) -> np.ndarray:
+    from finetuning.prompts import Prompts
+    from finetuning.trained import load_run
+
+    student, _ = load_run(run, epoch)
+    with torch.no_grad():
+        box = student.frame.boxes(torch.from_numpy(BOX).float()[None], *image.shape[:2])
+        logits = student(student.frame.image(image)[None], Prompts(box))[0]
+    return student.frame.restore(logits, *image.shape[:2]).numpy()
+
+
+def write_table(path: Path, header: str, rows: list[list[object]]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header.split(","), *rows])
+
+
+@pytest.mark.parametrize("family", ["sam", "transformers-sam2"])
+def test_predict(family: str, trained, tmp_path: Path) -> None:
+    from finetuning.prompts import Prompts
+    from finetuning.trained import load_run
+
+    run = trained(family, "lora")
+    image = picture(run)
+    wide = np.concatenate([image, image[:, ::-1]], axis=1)
+    (tmp_path / "sub").mkdir()
+    Image.fromarray(wide).save(tmp_path / "sub" / "wide.png")
+    boxes = [[60, 50, 180, 190], [300, 20, 480, 200]]
+    write_table(
+        tmp_path / "boxes.csv", "image,x0,y0,x1,y1", [["sub/wide.png", *box] for box in boxes]
+    )
+    predict = importlib.import_module("predict").main
+    predict([str(run), str(tmp_path / "boxes.csv"), "--output", str(tmp_path / "masks")])
+
+    student, _ = load_run(run)
+    for name, box in zip(("wide.png", "wide-2.png"), boxes, strict=True):
+        mask = np.asarray(Image.open(tmp_path / "masks" / "sub" / name))
+        assert mask.shape == wide.shape[:2]
+        assert set(np.unique(mask)) <= {0, 255}
+        scaled = student.frame.boxes(torch.tensor([box]).float(), *mask.shape)
+        with torch.no_grad():
+            logits = student(student.frame.image(wide)[None], Prompts(scaled))[0]
+        expected = student.frame.restore(logits, *mask.shape).numpy() > 0
+        assert (mask > 0).mean() == pytest.approx(expected.mean(), abs=1e-3)
+
+    points = [["sub/wide.png", 120, 120, 1], ["sub/wide.png", 20, 20, 0]]
+    write_table(tmp_path / "points.csv", "image,x,y,label", points)
+    predict([str(run), str(tmp_path / "points.csv"), "--output", str(tmp_path / "by points")])
+    assert [path.name for path in (tmp_path / "by points").rglob("*.png")] == ["wide.png"]
+
+
+def test_wrong_runs_and_tables(trained, tmp_path: Path) -> None:
+    run = trained("sam", "lora")
+    export, predict = (importlib.import_module(name).main for name in ("export", "predict"))
+    target = str(tmp_path / "exported.pth")
+    write_table(tmp_path / "wrong.csv", "file,x,y", [["a.png", 1, 2]])
+    write_table(tmp_path / "absent.csv", "image,x,y,label", [["a.png", 1, 2, 1]])
+    output = ["--output", str(tmp_path / "masks")]
+    for main, arguments, message in (
+        (export, [str(tmp_path), target], "must hold a run with a checkpoint"),
+        (export, [str(run), target, "--epoch", "9"], "must hold the checkpoint of epoch 9"),
+        (export, [str(run), str(run)], "exists"),
+        (predict, [str(run), str(tmp_path / "wrong.csv"), *output], "must have columns image and"),
+        (predict, [str(run), str(tmp_path / "absent.csv"), *output], "a.png cannot be read"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(arguments)
