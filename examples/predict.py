@@ -1,8 +1,8 @@
 """Segment images with a fine-tuned model: `predict.py runs/leaf prompts.csv --output masks`.
 
 The table has columns `image` and either `x0,y0,x1,y1`, a box, or `x,y,label`, a point on (1) or
-beside (0) the object, in pixels of the image. Each box gives a mask; the points of an image give one
-together. Masks are PNG files of 0 and 255 in the size of the image.
+beside (0) the object, in pixels of the image. Each box gives a mask, all points of an image one.
+Masks are PNG files of 0 and 255 in the size of the image.
 """
 
 from __future__ import annotations

@@ -216,6 +216,11 @@ class Batch(NamedTuple):
     index: Tensor  # (B,), of the row in its split
     truths: list[Tensor]  # each (H, W), bool, as in the file
 
+    def to(self, device: torch.device) -> Batch:
+        """Return it on a device."""
+        *stacked, truths = self
+        return Batch(*(x.to(device) for x in stacked), [x.to(device) for x in truths])
+
 
 class MaskedImages(Dataset[tuple[Tensor, ...]]):
     """The rows of a split, read for a model."""

@@ -1,24 +1,23 @@
-"""IoU and Dice of a model, at the size of the images."""
+"""A model's masks at the size of the images, and how well they fit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
-from torchmetrics.functional.classification import binary_f1_score, binary_jaccard_index
+from torch import Tensor
 
 from finetuning.data import Batch
+from finetuning.metrics import dice_and_iou
 from finetuning.prompts import Prompts, draw_points
 from finetuning.segmenter import Segmenter
 
 
 @torch.no_grad()
-def evaluate(
+def predictions(
     model: Segmenter, batches: Iterable[Batch], prompts: str, points: int
-) -> dict[str, float]:
-    """Return the mean IoU and Dice over the images.
-
-    Masks are the logits above 0, scaled to each image as the package's predictor does.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield mask logits and truth of each image, (H, W), scaled as the package's predictor does.
 
     Args:
         model: What segments.
@@ -28,15 +27,20 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    scores = []
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for batch in batches:
             asked = Prompts(batch.boxes) if prompts == "boxes" else draw_points(points, batch)
             for logits, truth in zip(model(batch.images, asked), batch.truths, strict=True):
-                mask = model.frame.restore(logits, *truth.shape) > 0
-                # The Dice coefficient of two masks is the F1 score of their pixels.
-                scores.append([binary_jaccard_index(mask, truth), binary_f1_score(mask, truth)])
+                yield model.frame.restore(logits, *truth.shape), truth
     model.train(was_training)
-    iou, dice = torch.tensor(scores).mean(0).tolist()
+
+
+def evaluate(
+    model: Segmenter, batches: Iterable[Batch], prompts: str, points: int
+) -> dict[str, float]:
+    """Return the mean IoU and Dice over the images; the arguments are those of `predictions`."""
+    pairs = predictions(model, batches, prompts, points)
+    scores = torch.tensor([dice_and_iou(logits > 0, truth) for logits, truth in pairs])
+    dice, iou = scores.mean(0).tolist()
     return {"iou": iou, "dice": dice}

@@ -21,7 +21,8 @@ def load_run(folder: Path, epoch: int | None = None) -> tuple[Segmenter, argpars
 
     Args:
         folder: The `--output` of a fine-tuning script.
-        epoch: After how many epochs; by default those with the best validation IoU so far.
+        epoch: After how many epochs, 0 for the pre-trained model; by default those with the best
+            validation IoU so far.
 
     Raises:
         ValueError: If the folder holds no run or no such checkpoint.
@@ -34,7 +35,7 @@ def load_run(folder: Path, epoch: int | None = None) -> tuple[Segmenter, argpars
         state = torch.load(last / "state.pt", map_location="cpu", weights_only=True)
         epoch = state["best"]["epoch"]
     weights = checkpoint.of_epoch(folder, epoch)
-    if not weights.exists():
+    if epoch and not weights.exists():
         raise ValueError(f"{folder} must hold the checkpoint of epoch {epoch}, there is none")
     set_seed(options.seed)  # small models without a checkpoint are random
     build = import_module(f"finetuning.{options.package}").build
@@ -43,8 +44,9 @@ def load_run(folder: Path, epoch: int | None = None) -> tuple[Segmenter, argpars
     else:
         given = options.checkpoint
         student = build(options.model, None if given is None else Path(given))
-    adapt(student, options.method, rank=options.rank, targets=options.targets)
-    checkpoint.load_weights(weights, {"student": student})
+    if epoch:
+        adapt(student, options.method, rank=options.rank, targets=options.targets)
+        checkpoint.load_weights(weights, {"student": student})
     return student.eval().requires_grad_(False), options
 
 
