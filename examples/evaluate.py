@@ -71,9 +71,6 @@ def evaluate_run(
     """Return the scores of each image, and what runs of other seeds have in common."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, options = load_run(run, epoch)
-    for name in ("data", "images", "masks"):
-        value = getattr(options, name)
-        setattr(options, name, None if value is None else Path(value))
     options.test_table = arguments.test_table or options.test_table
     rows = read_splits(options)[arguments.split]
     loader = DataLoader(MaskedImages(rows, model.frame), options.batch_size, collate_fn=collate)
@@ -108,7 +105,8 @@ def print_table(scores: dict[str, Scores], seeds: dict[str, list[str]]) -> None:
     for runs in seeds.values():
         both = spread([scores[run] for run in runs])
         figures = zip(*(part.values() for part in both.values()), strict=True)
-        print(f"{f'{len(runs)} seeds':{width}}", end=" ")
+        print(f"the {len(runs)} seeds of {runs[0]}, mean ± standard deviation:")
+        print(" " * width, end=" ")
         print(*(f"{f'{100 * m:.2f} ± {100 * s:.2f}':>12}" for m, s in figures))
 
 

@@ -335,6 +335,7 @@ def test_resumed_in_another_process(family: str, data: Path, tmp_path: Path, mon
     [
         ("sam", "vit_b", "lora", 147_456),
         ("sam", "vit_b", "adapter", 7_100_928),
+        ("sam", "vit_b", "lora-heads", 12 * 3 * 12 * (768 * 4 + 4 * 64)),  # Eq. 31, 32
         ("sam2", "sam2.1_hiera_b+", "lora", 168_896),
         ("sam2", "sam2.1_hiera_b+", "adapter", 5_822_208),
     ],

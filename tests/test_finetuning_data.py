@@ -256,3 +256,22 @@ def test_too_few_pairs(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="10 pairs or more"):
         read_folders(*pairs(tmp_path, 9))
+
+
+def test_check_data(folder: Path, monkeypatch, capsys) -> None:
+    import check_data
+
+    monkeypatch.setitem(check_data.RECIPES, "leaf", check_data.Recipe(6, 2))
+    check_data.main([str(folder), "leaf"])
+    assert "is leaf: 4 train, 2 val, 2 test" in capsys.readouterr().out
+    (folder / "1.png").unlink()
+    monkeypatch.setitem(check_data.RECIPES, "leaf", check_data.Recipe(498, 90))
+    with pytest.raises(SystemExit) as error:
+        check_data.main([str(folder), "leaf"])
+    message = str(error.value)
+    assert "3 problems" in message
+    assert "training and validation: 6 images, not 498" in message
+    assert "test.csv: 2 images, not 90" in message
+    assert "train.csv line 3" in message
+    with pytest.raises(SystemExit, match=r"test_CAMO\.csv"):
+        check_data.main([str(folder), "camo"])

@@ -2,6 +2,8 @@
 
 import csv
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +117,7 @@ def predicted(family: str, model: torch.nn.Module, image: np.ndarray) -> tuple[n
     return masks[0] > 0, logits[0]
 
 
-@pytest.mark.parametrize("method", ["lora", "adapter", "bitfit", "decoder"])
+@pytest.mark.parametrize("method", ["lora", "lora-heads", "adapter", "bitfit", "decoder"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_official_predictor_gives_the_student(
     family: str, method: str, trained, tmp_path: Path
@@ -201,3 +203,37 @@ def test_wrong_runs_and_tables(trained, tmp_path: Path) -> None:
     ):
         with pytest.raises(SystemExit, match=message):
             main(arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "model", "method"),
+    [
+        ("finetune_sam.py", ["tiny", "--checkpoint", TEACHER], "lora"),
+        ("finetune_sam2.py", ["tiny"], "adapter"),
+    ],
+)
+def test_from_training_to_masks_by_the_documented_commands(
+    script: str, model: list[str], method: str, tmp_path: Path
+) -> None:
+    def call(name: str, *arguments: object) -> str:
+        command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+        process = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
+    call("make_dataset.py", "data", "--train", 8, "--val", 2, "--test", 5)
+    options = ["--data", "data", "--epochs", 2, "--method", method, "--teacher-cache", "cache"]
+    call(script, "--model", *model, *options, "--output", "run")
+    assert "run before" in call("evaluate.py", "run", "--pretrained", "--output", "scores")
+    drawn = call("pictures.py", "run", "--output", "pictures")
+    for name in ("predictions", "relations", "curves"):
+        assert f"{name}.png" in drawn
+        with Image.open(tmp_path / "pictures" / f"{name}.png") as picture:
+            assert min(picture.size) > 300
+            assert len(np.unique(np.asarray(picture.convert("L")))) > 50  # something is drawn
+    assert "exported.pt" in call("export.py", "run", "exported.pt")
+    boxes = [["0000.jpg", 60, 50, 180, 190], ["0003.jpg", 60, 50, 180, 190]]
+    write_table(tmp_path / "boxes.csv", "image,x0,y0,x1,y1", boxes)
+    call("predict.py", "run", "boxes.csv", "--images", "data/test", "--output", "masks")
+    assert {path.name for path in (tmp_path / "masks").iterdir()} == {"0000.png", "0003.png"}

@@ -147,7 +147,7 @@ def test_evaluate_runs(tmp_path: Path, capsys) -> None:
     found = result["seeds"][" ".join(runs[:2])]
     assert found["mean"]["s_measure"] == pytest.approx(mean(both))
     assert found["standard deviation"]["s_measure"] == pytest.approx(stdev(both))
-    assert "2 seeds" in table
+    assert f"the 2 seeds of {runs[0]}" in table
     with (tmp_path / "scores" / "images.csv").open() as file:
         images = [row for row in csv.DictReader(file) if row["run"] == runs[0]]
     assert len(images) == 3

@@ -250,7 +250,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.randn(2, 3, SIZE, SIZE), boxes, points, labels
 
 
-@pytest.mark.parametrize("method", ["lora", "adapter", "bitfit", "decoder"])
+@pytest.mark.parametrize("method", ["lora", "lora-heads", "adapter", "bitfit", "decoder"])
 @pytest.mark.parametrize("family", BUILDS)
 @torch.no_grad()
 def test_adaptation(family: str, method: str, inputs) -> None:
@@ -271,7 +271,13 @@ def test_adaptation(family: str, method: str, inputs) -> None:
     assert torch.equal(student(images, point), before[1])
 
     trains = {name for name, p in student.encoder.named_parameters() if p.requires_grad}
-    marks = {"lora": "lora_", "adapter": ".adapter.", "bitfit": "bias", "decoder": None}
+    marks = {
+        "lora": "lora_",
+        "lora-heads": "qkv.heads.",
+        "adapter": ".adapter.",
+        "bitfit": "bias",
+        "decoder": None,
+    }
     assert bool(trains) == (method != "decoder")
     assert all(marks[method] in name for name in trains)
     frozen = {name for name, p in student.decoder.named_parameters() if not p.requires_grad}

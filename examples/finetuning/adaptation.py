@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from finetuning.segmenter import Segmenter
 
-METHODS = ("lora", "adapter", "bitfit", "decoder")
+METHODS = ("lora", "lora-heads", "adapter", "bitfit", "decoder")
 
 
 class Adapter(nn.Module):
@@ -64,6 +64,51 @@ def add_lora(encoder: nn.Module, rank: int, targets: list[str]) -> int:
     return len(found)
 
 
+class HeadLoRA(nn.Module):
+    """LoRA with projections of their own for query, key and value of each head, Eq. 31 and 32.
+
+    PEFT's, as in the released code, has one down-projection for the fused qkv of all heads.
+
+    Args:
+        qkv: The layer to adapt; its outputs are query, key and value, each of all heads.
+        heads: How many.
+        rank: Of each head's product.
+    """
+
+    def __init__(self, qkv: nn.Linear, heads: int, rank: int) -> None:
+        super().__init__()
+        parts, width = 3 * heads, qkv.out_features // (3 * heads)
+        self.down = nn.Parameter(torch.empty(parts, rank, qkv.in_features))
+        self.up = nn.Parameter(torch.zeros(parts, width, rank))
+        # As PEFT and nn.Linear: uniform up to one over the root of the inputs.
+        nn.init.uniform_(self.down, -(qkv.in_features**-0.5), qkv.in_features**-0.5)
+
+    def weight(self) -> Tensor:
+        """Return what is added to the weight of the layer, shape (3 D, D)."""
+        return (self.up @ self.down).flatten(0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what is added to the output of the layer, shape (..., 3 D)."""
+        projected = torch.einsum("...d,prd->...pr", x, self.down)
+        return torch.einsum("...pr,pwr->...pw", projected, self.up).flatten(-2)
+
+
+def with_heads(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    """Forward hook: add what a layer's own `heads` make of its input, until they are merged."""
+    return output + module.heads(inputs[0]) if hasattr(module, "heads") else output
+
+
+def add_head_lora(encoder: nn.Module, rank: int) -> int:
+    """Add LoRA of each head to every attention's qkv; return to how many."""
+    attentions = [block.attn for block in encoder.modules() if hasattr(block, "attn")]
+    for attention in attentions:
+        names = ("num_heads", "num_attention_heads")
+        heads = next(getattr(attention, name) for name in names if hasattr(attention, name))
+        attention.qkv.heads = HeadLoRA(attention.qkv, heads, rank)
+        attention.qkv.register_forward_hook(with_heads)
+    return len(attentions)
+
+
 def free_biases(encoder: nn.Module) -> int:
     """Train every bias; return how many tensors."""
     biases = [p for name, p in encoder.named_parameters() if name.endswith("bias")]
@@ -93,6 +138,7 @@ def adapt(student: Segmenter, method: str, *, rank: int = 4, targets: list[str])
     student.requires_grad_(False)
     add = {
         "lora": partial(add_lora, rank=rank, targets=targets),
+        "lora-heads": partial(add_head_lora, rank=rank),
         "adapter": add_adapters,
         "bitfit": free_biases,
         "decoder": lambda encoder: None,

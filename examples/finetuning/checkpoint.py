@@ -78,10 +78,15 @@ def of_epoch(folder: Path, epoch: int) -> Path:
     return folder / f"{EPOCH}{epoch:03d}"
 
 
+def epoch_of(checkpoint: Path) -> int:
+    """Return how many epochs were done at a checkpoint."""
+    return int(checkpoint.name.removeprefix(EPOCH))
+
+
 def latest(folder: Path) -> Path | None:
     """Return the last whole checkpoint of a run, if there is one."""
     every = [path for path in folder.glob(f"{EPOCH}*") if path.suffix != UNFINISHED]
-    return max(every, default=None, key=lambda path: int(path.name.removeprefix(EPOCH)))
+    return max(every, default=None, key=epoch_of)
 
 
 def load_weights(checkpoint: Path, modules: Modules) -> None:

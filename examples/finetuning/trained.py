@@ -12,8 +12,10 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 from finetuning import checkpoint
-from finetuning.adaptation import adapt, add_adapters
+from finetuning.adaptation import HeadLoRA, adapt, add_adapters
 from finetuning.segmenter import Segmenter
+
+PATHS = {"checkpoint", "teacher_checkpoint", "data", "images", "masks"}
 
 
 def load_run(folder: Path, epoch: int | None = None) -> tuple[Segmenter, argparse.Namespace]:
@@ -30,7 +32,7 @@ def load_run(folder: Path, epoch: int | None = None) -> tuple[Segmenter, argpars
     path, last = folder / "options.json", checkpoint.latest(folder)
     if not path.exists() or last is None:
         raise ValueError(f"{folder} must hold a run with a checkpoint")
-    options = argparse.Namespace(**checkpoint.read_json(path))
+    options = read_options(folder)
     if epoch is None:
         state = torch.load(last / "state.pt", map_location="cpu", weights_only=True)
         epoch = state["best"]["epoch"]
@@ -38,16 +40,35 @@ def load_run(folder: Path, epoch: int | None = None) -> tuple[Segmenter, argpars
     if epoch and not weights.exists():
         raise ValueError(f"{folder} must hold the checkpoint of epoch {epoch}, there is none")
     set_seed(options.seed)  # small models without a checkpoint are random
-    build = import_module(f"finetuning.{options.package}").build
-    if options.package == "huggingface":
-        student = build(options.model)
-    else:
-        given = options.checkpoint
-        student = build(options.model, None if given is None else Path(given))
+    student = build(options.package, options.model, getattr(options, "checkpoint", None))
     if epoch:
         adapt(student, options.method, rank=options.rank, targets=options.targets)
         checkpoint.load_weights(weights, {"student": student})
     return student.eval().requires_grad_(False), options
+
+
+def load_teacher(folder: Path) -> Segmenter:
+    """Return the teacher of a run in eval mode; the other arguments are those of `load_run`."""
+    options = read_options(folder)
+    if getattr(options, "teacher", None) is None:
+        return load_run(folder, 0)[0]
+    teacher = build(options.package, options.teacher, options.teacher_checkpoint)
+    return teacher.eval().requires_grad_(False)
+
+
+def read_options(folder: Path) -> argparse.Namespace:
+    """Return the options of a run, with paths as such."""
+    options = argparse.Namespace(**checkpoint.read_json(folder / "options.json"))
+    for name in PATHS & vars(options).keys():
+        value = getattr(options, name)
+        setattr(options, name, None if value is None else Path(value))
+    return options
+
+
+def build(package: str, name: str, weights: Path | None) -> Segmenter:
+    """Return a model of a package before it is adapted."""
+    module = import_module(f"finetuning.{package}")
+    return module.build(name) if package == "huggingface" else module.build(name, weights)
 
 
 def merge_lora(model: nn.Module) -> None:
@@ -56,6 +77,10 @@ def merge_lora(model: nn.Module) -> None:
         if isinstance(layer, LoraLinear):
             layer.merge(safe_merge=True)
             model.set_submodule(name, layer.get_base_layer())
+        elif isinstance(layer, HeadLoRA):
+            qkv = model.get_submodule(name.removesuffix(".heads"))
+            qkv.weight.data += layer.weight()
+            del qkv.heads
 
 
 def export(student: Segmenter, options: argparse.Namespace, path: Path) -> None:

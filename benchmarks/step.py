@@ -1,0 +1,101 @@
+"""What distilling adds to a fine-tuning step: `python benchmarks/step.py`, with `--model vit_b`.
+
+A step of LoRA and the decoder on random pictures and boxes, with backward and optimiser: without a
+teacher, with its embeddings from a cache, and with its encoder. The three take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from finetuning import sam, sam2  # noqa: E402
+from finetuning.adaptation import adapt  # noqa: E402
+from finetuning.loss import structure_loss  # noqa: E402
+from finetuning.prompts import Prompts  # noqa: E402
+from renyi_kd import FeatureCollector, InfoSAMDistiller  # noqa: E402
+
+ROUTES = ("no teacher", "cached teacher", "teacher's encoder")
+
+
+def main() -> None:
+    """Print the median times and their ratios."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--package", choices=("sam", "sam2"), default="sam")
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--bf16", action="store_true")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    package = {"sam": sam, "sam2": sam2}[options.package]
+    student = package.build(options.model, None).to(device)
+    teacher = copy.deepcopy(student).eval().requires_grad_(False)
+    adapt(student, "lora", targets=["qkv"])
+    distiller = InfoSAMDistiller(student.dim).to(device)
+    learners = [p for m in (student, distiller) for p in m.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(learners, lr=2e-4)
+    size, batch = student.frame.size, options.batch_size
+    images = torch.randn(batch, 3, size, size, device=device)
+    boxes = torch.tensor([[0.2, 0.3, 0.7, 0.8]], device=device).mul(size).repeat(batch, 1)
+    masks = torch.zeros(batch, size, size, dtype=torch.bool, device=device)
+    masks[:, size // 3 : 3 * size // 4, size // 5 : 2 * size // 3] = True
+    prompts = Prompts(boxes)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.bf16)
+
+    with tempfile.NamedTemporaryFile() as file:
+        with torch.no_grad(), autocast:
+            embedding = teacher.encode(images)[-1].half().cpu().contiguous()
+        file.write(embedding.view(torch.uint8).numpy())
+        file.flush()
+        stored = torch.from_file(file.name, size=embedding.numel(), dtype=torch.float16)
+
+        def teacher_embedding(route: str) -> Tensor:
+            if route == "cached teacher":
+                return stored.view(embedding.shape).clone().to(device).float()
+            return teacher.encode(images)[-1]
+
+        def step(route: str) -> None:
+            with autocast:
+                loss = structure_loss(student(images, prompts), masks)
+                features = of_student.pop()
+                if route != "no teacher":
+                    with torch.no_grad():
+                        teachers = teacher_embedding(route)
+                        teacher.decode([teachers], prompts)
+                    loss = loss + distiller(of_teacher.pop(teachers), features)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        seconds: dict[str, list[float]] = {route: [] for route in ROUTES}
+        with FeatureCollector(teacher) as of_teacher, FeatureCollector(student) as of_student:
+            for attempt in range(options.rounds + 1):
+                for route in ROUTES:
+                    started = time.perf_counter()
+                    step(route)
+                    if attempt:  # the first warms up
+                        seconds[route].append(time.perf_counter() - started)
+
+    alone = median(seconds["no teacher"])
+    print(f"{options.package} {options.model}, batch {batch}, {size} pixels, {device.type}")
+    for route, times in seconds.items():
+        print(f"{route:20}{1e3 * median(times):12.1f} ms{median(times) / alone:8.3f} ×")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Draw what runs have learnt: `pictures.py runs/leaf-0 runs/leaf-plain --output pictures`.
+
+`predictions.png`: images with their prompts, the truth, and the masks of the model before training
+and of every run, where the first run does worst and best, or of the `--rows` of the test table.
+`relations.png`: the relation maps of the first run's teacher and student over its epochs, and how
+their values are distributed. `curves.png`: losses, information in bits, and validation scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetuning import checkpoint
+from finetuning.data import MaskedImages, Row, collate, read_image
+from finetuning.evaluation import predictions
+from finetuning.metrics import dice_and_iou
+from finetuning.options import plain_errors, read_splits
+from finetuning.prompts import Prompts
+from finetuning.segmenter import Segmenter
+from finetuning.trained import load_run, load_teacher
+from renyi_kd import FeatureCollector, InfoSAMDistiller
+
+# Told apart by colour-blind readers.
+BLUE, ORANGE, YELLOW, GREEN = "#0072b2", "#e69f00", "#f0e442", "#009e73"
+NO_TICKS: dict[str, Any] = {"xticks": [], "yticks": []}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the three pictures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="+", help="--output of a fine-tuning script")
+    parser.add_argument("--output", type=Path, default=Path("pictures"))
+    parser.add_argument("--rows", type=int, nargs="+", help="of the test table, from 0")
+    parser.add_argument("--extremes", type=int, default=2, help="worst and best images to draw")
+    arguments = parser.parse_args(argv)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with plain_errors():
+        first = arguments.runs[0]
+        before, options = load_run(first, 0)
+        rows = read_splits(options)["test"]
+        models = {"before": before} | {str(run): load_run(run)[0] for run in arguments.runs}
+        chosen = arguments.rows or extremes(models[str(first)], rows, arguments.extremes)
+        if not set(chosen) <= set(range(len(rows))):
+            raise ValueError(f"--rows must be from 0 to {len(rows) - 1}, got {chosen}")
+        draw_predictions([rows[i] for i in chosen], models, arguments.output / "predictions.png")
+        if not options.no_infosam:
+            draw_relations(first, rows[chosen[0]], arguments.output / "relations.png")
+        draw_curves(arguments.runs, arguments.output / "curves.png")
+    print(*sorted(arguments.output.glob("*.png")), sep="\n")
+
+
+def pairs(model: Segmenter, rows: list[Row]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return mask, truth and box, in pixels of the input, of each image."""
+    data = MaskedImages(rows, model.frame)
+    batches = [collate([data[i]]) for i in range(len(rows))]
+    found = predictions(model, batches, "boxes", 1)
+    return [
+        (logits > 0, truth, batch.boxes[0])
+        for (logits, truth), batch in zip(found, batches, strict=True)
+    ]
+
+
+def extremes(model: Segmenter, rows: list[Row], count: int) -> list[int]:
+    """Return the images of lowest and of highest IoU, from worst to best."""
+    ious = [dice_and_iou(mask, truth)[1] for mask, truth, _ in pairs(model, rows)]
+    order = np.argsort(ious).tolist()
+    return order[:count] + order[max(count, len(order) - count) :]
+
+
+def draw_predictions(rows: list[Row], models: dict[str, Segmenter], path: Path) -> None:
+    """Draw a row an image: the image with its prompt, the truth, the mask of each model."""
+    titles = ["image and prompt", "truth", *(Path(name).name for name in models)]
+    figure, axes = plt.subplots(
+        len(rows),
+        len(titles),
+        figsize=(2.2 * len(titles), 2.2 * len(rows) + 0.4),
+        layout="constrained",
+        subplot_kw=NO_TICKS,
+        squeeze=False,
+    )
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=10)
+    found = {name: pairs(model, rows) for name, model in models.items()}
+    for i, (line, row) in enumerate(zip(axes, rows, strict=True)):
+        image = read_image(row.image)
+        height, width = image.shape[:2]
+        for axis in line:
+            axis.imshow(image)
+        line[0].set_ylabel(row.image.name, fontsize=8)
+        _, truth, box = next(iter(found.values()))[i]
+        frame = next(iter(models.values())).frame
+        scale = frame.boxes(torch.ones(4), height, width)
+        x0, y0, x1, y1 = (box / scale).tolist()
+        line[0].add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, ec=YELLOW, fc="none", lw=2))
+        line[1].contourf(truth, [0.5, 1], colors=ORANGE, alpha=0.55)
+        for axis, of_model in zip(line[2:], found.values(), strict=True):
+            mask = of_model[i][0]
+            axis.contourf(mask, [0.5, 1], colors=BLUE, alpha=0.55)
+            axis.contour(truth, [0.5], colors="white", linewidths=1)
+            note = {"color": "white", "fontsize": 9, "bbox": {"fc": "black", "pad": 1.5}}
+            iou = dice_and_iou(mask, truth)[1]
+            axis.text(0.03 * width, 0.95 * height, f"IoU {iou:.2f}", **note)
+    save(figure, path)
+
+
+@torch.no_grad()
+def relation_map(distiller: InfoSAMDistiller, model: Segmenter, row: Row) -> Tensor:
+    """Return how the mask token relates to each place of an image, shape (h, w)."""
+    batch = collate([MaskedImages([row], model.frame)[0]])
+    with FeatureCollector(model) as collector:
+        model(batch.images, Prompts(batch.boxes))
+        embedding, tokens = collector.pop()
+    return distiller.relation(embedding, tokens)[0, 0].unflatten(0, embedding.shape[2:])
+
+
+def draw_relations(run: Path, row: Row, path: Path) -> None:
+    """Draw the teacher's and the student's map after up to five epochs, and their histograms."""
+    teacher, last = load_teacher(run), checkpoint.latest(run)
+    epochs = np.unique(np.linspace(1, checkpoint.epoch_of(last), 5).astype(int)).tolist()
+    maps = []
+    for epoch in epochs:
+        student, options = load_run(run, epoch)
+        distiller = InfoSAMDistiller(student.dim, alpha=options.alpha)
+        checkpoint.load_weights(checkpoint.of_epoch(run, epoch), {"distiller": distiller})
+        maps.append([relation_map(distiller, model, row) for model in (teacher, student)])
+    limit = max(part.abs().max().item() for both in maps for part in both)
+    figure, axes = plt.subplots(
+        3, len(epochs), figsize=(2.4 * len(epochs) + 0.6, 6.6), layout="constrained", squeeze=False
+    )
+    bins = np.linspace(-limit, limit, 41)
+    for column, epoch, both in zip(axes.T, epochs, maps, strict=True):
+        column[0].set_title(f"epoch {epoch}", fontsize=10)
+        for axis, part, color in zip(column, both, (GREEN, BLUE), strict=False):
+            shown = axis.imshow(part, cmap="PuOr", vmin=-limit, vmax=limit)
+            axis.set(**NO_TICKS)
+            column[2].hist(part.flatten(), bins, histtype="step", color=color, lw=1.5)
+        column[2].set_xlabel("relation")
+        column[2].sharey(axes[2, 0])
+    for axis, label in zip(axes[:, 0], ("teacher", "student", "places"), strict=True):
+        axis.set_ylabel(label)
+    axes[2, 0].legend(["teacher", "student"], fontsize=8, frameon=False)
+    figure.colorbar(shown, ax=axes[:2], shrink=0.8)
+    save(figure, path)
+
+
+def read_table(path: Path) -> dict[str, list[float]]:
+    """Return the columns of a CSV of numbers."""
+    with path.open(encoding="utf-8") as file:
+        rows = [*csv.DictReader(file)]
+    return {name: [float(row[name]) for row in rows] for name in rows[0]} if rows else {}
+
+
+def draw_curves(runs: list[Path], path: Path) -> None:
+    """Draw losses, information and validation scores of all runs over the batches."""
+    panels = {
+        "structure loss": ("training", {"structure": ""}),
+        "InfoSAM loss": ("training", {"infosam": ""}),
+        "information in bits": (
+            "training",
+            {"compressed_information": "compressed", "distilled_information": "distilled"},
+        ),
+        "entropy in bits": (
+            "training",
+            {"teacher_relation_entropy": "teacher", "student_relation_entropy": "student"},
+        ),
+        "validation": ("validation", {"iou": "IoU", "dice": "Dice"}),
+    }
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.2 * len(panels), 3.4), layout="constrained"
+    )
+    colors = plt.get_cmap("cividis")(np.linspace(0, 0.85, len(runs)))
+    for axis, (title, (name, columns)) in zip(axes, panels.items(), strict=True):
+        axis.set(title=title, xlabel="batch")
+        axis.grid(alpha=0.3)
+        for run, color in zip(runs, colors, strict=True):
+            table = read_table(run / f"{name}.csv")
+            for (column, label), style in zip(columns.items(), ("-", "--"), strict=False):
+                if column in table:
+                    text = " ".join(filter(None, (run.name, label)))
+                    axis.plot(table["step"], table[column], style, color=color, label=text)
+        if axis.lines:
+            axis.legend(fontsize=7, frameon=False)
+    save(figure, path)
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    """Write a picture and forget it."""
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
