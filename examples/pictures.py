@@ -156,6 +156,8 @@ def draw_relations(run: Path, row: Row, path: Path) -> None:
 
 def read_table(path: Path) -> dict[str, list[float]]:
     """Return the columns of a CSV of numbers."""
+    if not path.exists():
+        return {}
     with path.open(encoding="utf-8") as file:
         rows = [*csv.DictReader(file)]
     return {name: [float(row[name]) for row in rows] for name in rows[0]} if rows else {}

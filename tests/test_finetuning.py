@@ -133,6 +133,8 @@ def test_accumulation_and_precision(precision: str, data: Path, tmp_path: Path, 
 def test_means_of_several_batches_share_a_row(data: Path, tmp_path: Path) -> None:
     run(SAM, data, tmp_path / "one", "--epochs", 2)
     run(SAM, data, tmp_path / "two", "--epochs", 2, "--log-every", 2)
+    run(SAM, data, tmp_path / "many", "--epochs", 2, "--log-every", 100)
+    assert rows(tmp_path / "many") == rows(tmp_path / "two")  # at the end of an epoch at the latest
     single, pairs = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert [row["step"] for row in pairs] == [2, 4]
     for row, a, b in zip(pairs, single[::2], single[1::2], strict=True):
@@ -313,7 +315,8 @@ def test_killed_and_resumed(failure: str, uninterrupted: Path, data: Path, tmp_p
 def test_resumed_in_another_process(family: str, data: Path, tmp_path: Path, monkeypatch) -> None:
     from finetuning import checkpoint
 
-    run(FAMILIES[family], data, tmp_path / "whole", "--epochs", 2)
+    options = ["--epochs", 2, "--log-every", 3]  # a row is not to reach over the epochs' border
+    run(FAMILIES[family], data, tmp_path / "whole", *options)
     save = checkpoint.save
 
     def save_and_stop(*args) -> None:
@@ -322,11 +325,11 @@ def test_resumed_in_another_process(family: str, data: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(checkpoint, "save", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
-        run(FAMILIES[family], data, tmp_path / "parts", "--epochs", 2)
+        run(FAMILIES[family], data, tmp_path / "parts", *options)
     monkeypatch.undo()
     monkeypatch.syspath_prepend(str(EXAMPLES))
     torch.manual_seed(99)  # nothing of this process is to be needed
-    run(FAMILIES[family], data, tmp_path / "parts", "--epochs", 2, "--resume")
+    run(FAMILIES[family], data, tmp_path / "parts", *options, "--resume")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", "epoch-002")
 
 

@@ -39,7 +39,7 @@ class Logbook:
     def training(
         self, bar: tqdm, structure: Tensor, terms: InfoSAMTerms | None, learning_rate: float
     ) -> None:
-        """Take note of a batch, and write the means over the last `--log-every`."""
+        """Take note of a batch, and write the means over each `--log-every` of an epoch."""
         # The loss of the terms is InfoSAM's own; the sum is what trains.
         figures = {"structure": structure}
         if terms is not None:
@@ -47,7 +47,8 @@ class Logbook:
             figures |= {name: value for name, value in terms._asdict().items() if name != "loss"}
         self.step += 1
         self.recent.append(torch.stack([value.detach().float() for value in figures.values()]))
-        if self.step % self.options.log_every:
+        whole = len(self.recent) == self.options.log_every
+        if not whole and self.step % len(bar):
             return  # reading a figure would wait for the GPU
         means = torch.stack(self.recent).mean(0).tolist()
         values = dict(zip(figures, means, strict=True))
