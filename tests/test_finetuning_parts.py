@@ -182,7 +182,7 @@ def batch(masks: Tensor, valid: Tensor | None = None):
         masks,
         valid,
         masks_to_boxes(masks),
-        torch.arange(len(masks)),
+        list(range(len(masks))),
         [],
     )
 

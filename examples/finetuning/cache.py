@@ -88,10 +88,9 @@ class CachedEncoder:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
         """Return the image embeddings (B, D, h, w) of a batch, in float32."""
-        index = batch.index.tolist()
-        if not all(self.whole[i] for i in index):
-            self.write(index, self.teacher.encode(batch.images)[-1])
-        return self.embeddings[index].to(batch.images.device).float()
+        if not all(self.whole[i] for i in batch.index):
+            self.write(batch.index, self.teacher.encode(batch.images)[-1])
+        return self.embeddings[batch.index].to(batch.images.device).float()
 
     def write(self, index: list[int], embeddings: Tensor) -> None:
         """Keep embeddings, first themselves and then that they are whole."""

@@ -213,16 +213,19 @@ class Batch(NamedTuple):
     masks: Tensor  # (B, size, size), bool
     valid: Tensor  # (B, size, size), bool: picture, not padding
     boxes: Tensor  # (B, 4), tight, in pixels of the input
-    index: Tensor  # (B,), of the row in its split
+    index: list[int]  # of the rows in their split; not a tensor, which would have to leave the GPU
     truths: list[Tensor]  # each (H, W), bool, as in the file
 
     def to(self, device: torch.device) -> Batch:
         """Return it on a device."""
-        *stacked, truths = self
-        return Batch(*(x.to(device) for x in stacked), [x.to(device) for x in truths])
+        *stacked, index, truths = self
+        return Batch(*(x.to(device) for x in stacked), index, [x.to(device) for x in truths])
 
 
-class MaskedImages(Dataset[tuple[Tensor, ...]]):
+Sample = tuple[Tensor, Tensor, Tensor, Tensor, int, Tensor]  # the parts of a batch
+
+
+class MaskedImages(Dataset[Sample]):
     """The rows of a split, read for a model."""
 
     def __init__(self, rows: list[Row], frame: Frame) -> None:
@@ -232,15 +235,14 @@ class MaskedImages(Dataset[tuple[Tensor, ...]]):
         """Return the number of images."""
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+    def __getitem__(self, index: int) -> Sample:
         """Return the parts of a `Batch` for one image."""
         row, frame = self.rows[index], self.frame
         mask = read_mask(row.label)
         truth = torch.from_numpy(mask)
         box = frame.boxes(masks_to_boxes(truth[None])[0], *mask.shape)
         image = frame.image(read_image(row.image))
-        valid, place = frame.valid(*mask.shape), torch.tensor(index)
-        return image, frame.mask(mask), valid, box, place, truth
+        return image, frame.mask(mask), frame.valid(*mask.shape), box, index, truth
 
 
 def loaders(
@@ -254,7 +256,7 @@ def loaders(
     return load(train, shuffle=True, drop_last=True), load(val), load(test)
 
 
-def collate(samples: list[tuple[Tensor, ...]]) -> Batch:
+def collate(samples: list[Sample]) -> Batch:
     """Stack what has one size."""
-    *stacked, truths = zip(*samples, strict=True)
-    return Batch(*map(torch.stack, stacked), list(truths))
+    *stacked, index, truths = zip(*samples, strict=True)
+    return Batch(*map(torch.stack, stacked), list(index), list(truths))
