@@ -1,12 +1,14 @@
 """Data sets as people have them: encodings of masks, and everything that can be wrong."""
 
 import csv
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -62,14 +64,17 @@ ENCODINGS = {
     "soft below the threshold": Image.fromarray(
         np.where(MASK, 255, np.arange(WIDTH) % 120).astype(np.uint8)
     ),
+    "soft 16 bit": Image.fromarray(np.where(MASK, 65535, np.arange(WIDTH) * 700).astype(np.uint16)),
+    "probabilities": Image.fromarray(np.where(MASK, 0.9, np.arange(WIDTH) / 100).astype("f4")),
 }
+TIFF = ("32 bit", "probabilities")
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_masks_of_any_encoding(encoding: str, tmp_path: Path) -> None:
     from finetuning.data import read_mask
 
-    path = tmp_path / ("mask.tif" if encoding == "32 bit" else "mask.png")
+    path = tmp_path / ("mask.tif" if encoding in TIFF else "mask.png")
     ENCODINGS[encoding].save(path)
     np.testing.assert_array_equal(read_mask(path), MASK)
 
@@ -108,16 +113,37 @@ def test_photographs_are_turned_upright(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), np.rot90(MASK, 3))
 
 
+def test_16_bit_images_keep_their_contrast(tmp_path: Path) -> None:
+    from finetuning.data import read_image
+
+    ramp = np.linspace(0, 65535, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "image.png")
+    try:
+        image = read_image(tmp_path / "image.png")
+    except ValueError:  # to refuse them is as good
+        return
+    assert np.abs(image[..., 0] - ramp / 257).max() <= 1
+
+
 def test_a_good_data_set(folder: Path) -> None:
     from finetuning.data import check, read_tables
 
-    text = (folder / "train.csv").read_text()
-    (folder / "train.csv").write_text("\ufeff" + text, encoding="utf-8")  # as Excel writes it
     splits = read_tables(folder)
     check(splits)
     assert [len(splits[split]) for split in ("train", "val", "test")] == [4, 2, 2]
     assert splits["val"][0].image == folder / "4.png"
     assert splits["val"][0].label == folder / "4_mask.png"
+
+
+@pytest.mark.parametrize("header", ["image,label,note", ",image,label", "label,image"])
+def test_tables_as_excel_writes_them(header: str, folder: Path) -> None:
+    from finetuning.data import Row, read_tables
+
+    cells = {"image": "0.png", "label": "0_mask.png"}
+    row = ",".join(cells.get(name, "7") for name in header.split(","))
+    (folder / "train.csv").write_text(f"{header}\r\n{row}\r\n", encoding="utf-8-sig")
+    expected = Row(folder / "0.png", folder / "0_mask.png", "train.csv line 2")
+    assert read_tables(folder)["train"] == [expected]
 
 
 def write(name: str, content: bytes) -> Callable[[Path], object]:
@@ -130,6 +156,12 @@ def resave(name: str, size: tuple[int, int]) -> Callable[[Path], object]:
 
 def truncate(name: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:400])
+
+
+def half_a_jpeg(name: str) -> Callable[[Path], object]:
+    jpeg = io.BytesIO()
+    picture(0).resize((WIDTH * 4, HEIGHT * 4)).save(jpeg, "JPEG")
+    return write(name, jpeg.getvalue()[: len(jpeg.getvalue()) // 2])
 
 
 BAD = {
@@ -148,6 +180,7 @@ BAD = {
         "train.csv line 2: mask",
         "cannot be read",
     ),
+    "half a JPEG": (half_a_jpeg("7_mask.png"), "test.csv line 3: mask", "cannot be read"),
     "in two splits": (
         lambda f: shutil.copy(f / "0.png", f / "5.png"),
         "val.csv line 3",
@@ -194,6 +227,8 @@ def test_all_bad_files_at_once(folder: Path) -> None:
         (write("val.csv", b""), "val.csv: no column image and label"),
         (write("val.csv", b",image,label\n"), "val.csv: no rows"),
         (write("val.csv", b",image,label\n0,4.png,\n1,5.png,x\n"), "val.csv line 2: no image or"),
+        (write("val.csv", b",image,label\n0,,4_mask.png\n1,5.png,x\n"), "val.csv line 2: no image"),
+        (write("val.csv", b",image,label\n1,5.png,x\n0,4.png\n"), "val.csv line 3: no image or"),
         (write("val.csv", b"\xff\xfe,\x00image"), "val.csv: "),
     ],
 )
@@ -205,6 +240,19 @@ def test_bad_tables(spoil: Callable[[Path], object], message: str, folder: Path)
         read_tables(folder)
     (problem,) = error.value.problems
     assert problem.startswith(message)
+
+
+def test_all_bad_tables_at_once(folder: Path) -> None:
+    from finetuning.data import DataError, read_tables
+
+    (folder / "train.csv").write_text(",image,label\n0,,a.png\n1,0.png,0_mask.png\n2,b.png,\n")
+    (folder / "val.csv").write_text(",image\n")
+    (folder / "test.csv").unlink()
+    with pytest.raises(DataError) as error:
+        read_tables(folder)
+    starts = ("train.csv line 2: ", "train.csv line 4: ", "val.csv: ", "test.csv: ")
+    assert len(error.value.problems) == len(starts)
+    assert all(p.startswith(start) for p, start in zip(error.value.problems, starts, strict=True))
 
 
 def pairs(tmp_path: Path, count: int) -> tuple[Path, Path]:
@@ -229,6 +277,33 @@ def test_folders_are_split_by_names_and_seed(tmp_path: Path) -> None:
     assert all(row.image.stem == row.label.stem for row in rows)
     assert read_folders(images, masks, seed=1) == splits
     assert read_folders(images, masks, seed=2) != splits
+    moved = [folder.rename(tmp_path / f"moved_{folder.name}") for folder in (images, masks)]
+    for split, members in read_folders(*moved, seed=1).items():
+        assert [row.image.name for row in members] == [row.image.name for row in splits[split]]
+
+
+def test_ten_pairs_are_enough(tmp_path: Path) -> None:
+    from finetuning.data import read_folders
+
+    images, masks = pairs(tmp_path, 8)
+    for name in ("scan.1", "scan.2"):  # a dot inside of a name
+        (images / f"{name}.jpg").touch()
+        (masks / f"{name}.png").touch()
+    splits = read_folders(images, masks)
+    assert [len(splits[split]) for split in ("train", "val", "test")] == [8, 1, 1]
+
+
+def test_all_files_without_a_partner(tmp_path: Path) -> None:
+    from finetuning.data import DataError, read_folders
+
+    images, masks = pairs(tmp_path, 8)
+    for path in (images / "a.jpg", images / "b.jpg", masks / "c.png"):
+        path.touch()
+    with pytest.raises(DataError) as error:
+        read_folders(images, masks)
+    lonely = ("a.jpg: no mask", "b.jpg: no mask", "c.png: no image", "10 pairs or more")
+    assert len(error.value.problems) == len(lonely)
+    assert all(what in p for p, what in zip(error.value.problems, lonely, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -256,6 +331,42 @@ def test_too_few_pairs(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="10 pairs or more"):
         read_folders(*pairs(tmp_path, 9))
+
+
+@pytest.mark.parametrize(("keep_aspect", "y"), [(True, 2), (False, 80 / 24)])
+def test_a_row_as_a_model_sees_it(keep_aspect: bool, y: float, folder: Path) -> None:
+    from finetuning.data import MaskedImages, collate, read_tables
+    from finetuning.frame import Frame
+
+    rows = MaskedImages(read_tables(folder)["train"], Frame(80, keep_aspect))
+    batch = collate([rows[2], rows[1]])
+    assert batch.images.shape == (2, 3, 80, 80)
+    # The mask of 22 by 10 pixels, scaled with its image; its box goes around it.
+    left, top, right, bottom = batch.boxes[0].tolist()
+    assert (left, right) == (8 * 2, 29 * 2)
+    assert (top, bottom) == pytest.approx((5 * y, 14 * y))
+    rows_on, columns_on = batch.masks[0].any(1).nonzero(), batch.masks[0].any(0).nonzero()
+    assert (columns_on.min(), columns_on.max()) == (8 * 2, 30 * 2 - 1)
+    assert (rows_on.min(), rows_on.max()) == (round(5 * y), round(15 * y) - 1)
+    assert batch.valid.sum() == 2 * 80 * 24 * y
+    assert batch.index == [2, 1]
+    assert all(torch.equal(truth, torch.from_numpy(MASK)) for truth in batch.truths)
+
+
+def test_order_of_training(folder: Path) -> None:
+    from finetuning.data import loaders, read_tables
+    from finetuning.frame import Frame
+
+    def epochs(seed: int) -> list[list[int]]:
+        order = torch.Generator().manual_seed(seed)
+        train, val, test = loaders(read_tables(folder), Frame(16, True), 3, 0, order)
+        assert [batch.index for loader in (val, test) for batch in loader] == [[0, 1], [0, 1]]
+        drawn = [[batch.index for batch in train] for _ in range(8)]
+        assert all(len(batches) == 1 for batches in drawn)  # the fourth image makes no batch
+        return [batches[0] for batches in drawn]
+
+    assert epochs(0) == epochs(0)
+    assert len({tuple(epoch) for epoch in epochs(0)}) > 2
 
 
 def test_check_data(folder: Path, monkeypatch, capsys) -> None:

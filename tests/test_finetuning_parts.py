@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
+from safetensors.torch import load_file, save_file
 from sam2.utils.transforms import SAM2Transforms
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor, nn
@@ -109,6 +110,24 @@ def test_masks_fall_on_their_image() -> None:
     assert agree > 0.95
 
 
+@pytest.mark.parametrize("keep_aspect", [True, False])
+def test_masks_keep_what_is_mostly_covered(keep_aspect: bool) -> None:
+    mask = np.random.default_rng(0).random((2 * SIZE, 2 * SIZE)) < 0.5
+    covered = mask.reshape(SIZE, 2, SIZE, 2).mean((1, 3))
+    scaled = frame(keep_aspect).mask(mask)
+    np.testing.assert_array_equal(scaled.numpy(), covered > 0.5)
+
+
+@pytest.mark.parametrize("keep_aspect", [True, False])
+def test_thin_and_tiny_masks_do_not_vanish(keep_aspect: bool) -> None:
+    line, dot = np.zeros((2, 4 * SIZE, 4 * SIZE), dtype=bool)
+    line[501, 100:900] = dot[500:502, 500:502] = True
+    for mask in (line, dot):
+        scaled = frame(keep_aspect).mask(mask)
+        assert 0 < scaled.sum() <= 202
+        assert scaled[125].any()
+
+
 # --- loss ----------------------------------------------------------------------------------------
 
 
@@ -159,13 +178,36 @@ def test_padding_does_not_count() -> None:
     assert not gradient[~valid].any()
 
 
-def test_low_resolution_logits_are_scaled() -> None:
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_padded_picture_has_the_loss_of_the_picture(legacy: bool) -> None:
     from finetuning.loss import structure_loss
 
     masks = torch.zeros(2, 64, 64, dtype=torch.bool)
+    masks[:, 30:50, 10:30] = True  # up to the padding
+    valid = torch.ones_like(masks)
+    valid[:, 50:] = False
+    logits = torch.randn(2, 64, 64, dtype=torch.float64)
+    alone = structure_loss(logits[:, :50], masks[:, :50], legacy=legacy)
+    padded = structure_loss(logits, masks, valid, legacy=legacy)
+    assert (abs(padded - alone) < 1e-6) != legacy
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_low_resolution_logits_are_scaled(legacy: bool) -> None:
+    from finetuning.loss import structure_loss
+
+    def bilinear(values: np.ndarray, size: int) -> np.ndarray:  # along the last axis
+        low = values.shape[-1]
+        places = (np.arange(size) + 0.5) * low / size - 0.5
+        return np.apply_along_axis(lambda v: np.interp(places, np.arange(low), v), -1, values)
+
+    masks = np.zeros((2, 64, 64), dtype=bool)
     masks[:, 16:48, 16:48] = True
-    logits = torch.where(masks[:, ::4, ::4], 9.0, -9.0)
-    assert structure_loss(logits, masks) < 0.4 < 1 < structure_loss(-logits, masks)
+    logits = 3 * np.random.default_rng(0).standard_normal((2, 16, 16))
+    scaled = bilinear(bilinear(logits, 64).swapaxes(1, 2), 64).swapaxes(1, 2)
+    expected = reference_loss(scaled, masks.astype(float), np.ones_like(masks), legacy)
+    loss = structure_loss(torch.from_numpy(logits), torch.from_numpy(masks), legacy=legacy)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 # --- prompts -------------------------------------------------------------------------------------
@@ -250,6 +292,25 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.randn(2, 3, SIZE, SIZE), boxes, points, labels
 
 
+def intended(method: str, encoder: nn.Module) -> set[str]:
+    """What should train of an encoder, by the names of its layers before they are adapted."""
+    layers = [name for name, _ in encoder.named_modules()]
+    qkv = [name for name in layers if name.endswith(".qkv")]
+    behind = [f"{name}.adapter" for name in layers if name.endswith((".attn", ".mlp"))]
+    return {
+        "lora": {f"{name}.lora_{factor}.default.weight" for name in qkv for factor in "AB"},
+        "lora-heads": {f"{name}.heads.{factor}" for name in qkv for factor in ("down", "up")},
+        "adapter": {
+            f"{name}.{layer}.{part}"
+            for name in behind
+            for layer in ("down", "up")
+            for part in ("weight", "bias")
+        },
+        "bitfit": {name for name, _ in encoder.named_parameters() if name.endswith(".bias")},
+        "decoder": set(),
+    }[method]
+
+
 @pytest.mark.parametrize("method", ["lora", "lora-heads", "adapter", "bitfit", "decoder"])
 @pytest.mark.parametrize("family", BUILDS)
 @torch.no_grad()
@@ -271,17 +332,11 @@ def test_adaptation(family: str, method: str, inputs) -> None:
     assert torch.equal(student(images, point), before[1])
 
     trains = {name for name, p in student.encoder.named_parameters() if p.requires_grad}
-    marks = {
-        "lora": "lora_",
-        "lora-heads": "qkv.heads.",
-        "adapter": ".adapter.",
-        "bitfit": "bias",
-        "decoder": None,
-    }
+    assert trains == intended(method, teacher.encoder)
     assert bool(trains) == (method != "decoder")
-    assert all(marks[method] in name for name in trains)
-    frozen = {name for name, p in student.decoder.named_parameters() if not p.requires_grad}
-    assert all(name.startswith(("iou_prediction_head", "pred_obj_score_head")) for name in frozen)
+    heads = ("iou_prediction_head.", "pred_obj_score_head.")
+    for name, parameter in student.decoder.named_parameters():
+        assert parameter.requires_grad != name.startswith(heads), name
     others = set(student.model.parameters()) - {*student.encoder.parameters()}
     others -= {*student.decoder.parameters()}
     assert not any(p.requires_grad for p in others)
@@ -297,6 +352,48 @@ def test_adaptation(family: str, method: str, inputs) -> None:
     load_trainable_state(student, saved)
     assert torch.equal(student(images, box), changed)
     assert torch.equal(teacher(images, box), before[0])
+
+
+@pytest.mark.parametrize("family", BUILDS)
+@torch.no_grad()
+def test_added_layers_follow_their_formulas(family: str) -> None:
+    from finetuning.adaptation import METHODS, adapt
+
+    rank, students = 3, {}
+    for method in METHODS:
+        students[method] = build(family)
+        adapt(students[method], method, rank=rank, targets=["qkv"])
+    encoders = {method: student.encoder.double() for method, student in students.items()}
+    for parameter in (p for e in encoders.values() for p in e.parameters() if p.requires_grad):
+        parameter.normal_()
+    blocks = {
+        method: next(m for m in encoder.modules() if hasattr(m, "attn"))
+        for method, encoder in encoders.items()
+    }
+    plain = blocks["decoder"]
+    x = torch.randn(2, 8, 8, plain.attn.qkv.in_features, dtype=torch.float64)
+    width = plain.attn.qkv.out_features // 3
+
+    lora = blocks["lora"].attn.qkv
+    down, up = lora.lora_A["default"].weight, lora.lora_B["default"].weight
+    assert len(down) == rank
+    torch.testing.assert_close(lora(x), plain.attn.qkv(x) + x @ down.T @ up.T)
+
+    # Query, key and value of each head, each with its own pair of factors.
+    lora = blocks["lora-heads"].attn.qkv
+    count = getattr(plain.attn, "num_heads", None) or plain.attn.num_attention_heads
+    assert lora.heads.down.shape == (3 * count, rank, x.shape[-1])
+    assert lora.heads.up.shape == (3 * count, width // count, rank)
+    pairs = zip(lora.heads.down, lora.heads.up, strict=True)
+    added = torch.cat([x @ down.T @ up.T for down, up in pairs], dim=-1)
+    torch.testing.assert_close(lora(x), plain.attn.qkv(x) + added)
+
+    adapter = blocks["adapter"].mlp.adapter
+    x = torch.randn(2, 8, 8, adapter.down.in_features, dtype=torch.float64)
+    assert adapter.down.out_features == x.shape[-1] // 4
+    before = plain.mlp(x)
+    after = before + adapter.up(nn.GELU()(adapter.down(before)))
+    torch.testing.assert_close(blocks["adapter"].mlp(x), after)
 
 
 @pytest.mark.parametrize("family", BUILDS)
@@ -351,15 +448,31 @@ def reshape(path: Path) -> None:
     torch.save(weights | {name: weights[name][:-1]}, path)
 
 
+def add(path: Path) -> None:
+    torch.save(torch.load(path) | {"other.weight": torch.ones(3)}, path)
+
+
+def narrower(path: Path) -> None:
+    import tiny_sam
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_sam, "DIM", 32)
+        torch.save(tiny_sam.build_tiny_sam().state_dict(), path)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (lambda path: path.write_bytes(b""), "--checkpoint must be a readable file"),
         (lambda path: path.unlink(), "--checkpoint must be a readable file"),
         (lambda path: path.write_text("<html>"), "--checkpoint must be a readable file"),
         (half, "--checkpoint must be a readable file"),
         (lambda path: torch.save([1, 2], path), "--checkpoint must hold named tensors"),
         (drop, "1 weights missing, 0 unexpected, 0 of another shape"),
         (reshape, "0 weights missing, 0 unexpected, 1 of another shape"),
+        (add, "0 weights missing, 1 unexpected, 0 of another shape (other.weight)"),
+        (narrower, "0 weights missing, 0 unexpected"),
+        (lambda path: torch.save({0: torch.ones(1)}, path), "--checkpoint must hold named"),
         (lambda path: torch.save(build("sam2").model.state_dict(), path), "another size"),
     ],
 )
@@ -387,6 +500,19 @@ def test_right_checkpoints(tmp_path: Path) -> None:
         assert all(torch.equal(found[key], value) for key, value in source.state_dict().items())
 
 
+def test_checkpoints_of_safetensors(tmp_path: Path) -> None:
+    from finetuning import sam
+
+    torch.manual_seed(5)
+    weights, path = sam.build("tiny", None).model.state_dict(), tmp_path / "weights.safetensors"
+    save_file(weights, path)
+    found = sam.build("tiny", path).model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in weights.items())
+    half(path)
+    with pytest.raises(ValueError, match="--checkpoint must be a readable file"):
+        sam.build("tiny", path)
+
+
 @pytest.mark.parametrize("name", ["tiny-sam", "tiny-sam2"])
 def test_folders_of_transformers(name: str, tmp_path: Path, inputs) -> None:
     from finetuning import huggingface
@@ -400,6 +526,15 @@ def test_folders_of_transformers(name: str, tmp_path: Path, inputs) -> None:
     with torch.no_grad():
         assert torch.equal(found(images, Prompts(boxes)), source(images, Prompts(boxes)))
 
+    weights = load_file(tmp_path / "model.safetensors")
+    key = next(key for key, value in weights.items() if value.ndim == 2)
+    reshaped = weights | {key: weights[key][:-1].clone()}
+    lacking = {k: value for k, value in weights.items() if k != key}
+    for spoiled, message in ((reshaped, "readable weights"), (lacking, "all weights")):
+        save_file(spoiled, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"--model must hold {message}"):
+            huggingface.build(str(tmp_path))
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     half(tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="--model must hold readable weights"):
         huggingface.build(str(tmp_path))
@@ -413,6 +548,15 @@ def test_folders_of_transformers(name: str, tmp_path: Path, inputs) -> None:
         huggingface.build(str(tmp_path))
     with pytest.raises(ValueError, match="a model's folder, got nowhere"):
         huggingface.build("nowhere")
+
+
+@pytest.mark.parametrize("config", ["<html>", "{}", '{"model_type": "sam99"}'])
+def test_folders_with_a_bad_config(config: str, tmp_path: Path) -> None:
+    from finetuning import huggingface
+
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match="--model must"):
+        huggingface.build(str(tmp_path))
 
 
 def test_a_teacher_that_does_not_fit() -> None:

@@ -122,9 +122,15 @@ def read_folders(images: Path, masks: Path, seed: int = 0) -> Splits:
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """Return the picture as RGB, upright, shape (H, W, 3)."""
+    """Return the picture as RGB of 8 bits, upright, shape (H, W, 3)."""
     with Image.open(path) as file:
-        return np.array(ImageOps.exif_transpose(file).convert("RGB"))
+        upright = ImageOps.exif_transpose(file)
+        if upright.mode.startswith("I;16"):
+            grey = (np.asarray(upright) / 257).round().astype(np.uint8)
+            return np.stack([grey] * 3, axis=-1)
+        if upright.mode in "IF":
+            raise ValueError(f"pixels of mode {upright.mode} have no known range")
+        return np.array(upright.convert("RGB"))
 
 
 def read_mask(path: Path) -> NDArray[np.bool_]:

@@ -48,11 +48,14 @@ class Frame:
         return self._padded(TF.normalize(pixels, MEAN, STD))
 
     def mask(self, mask: NDArray[np.bool_]) -> Tensor:
-        """Return the mask, bool (H, W) to (size, size); padding is background."""
+        """Return the mask, bool (H, W) to (size, size); padding is background.
+
+        A pixel is on it if half of it is, or half as much as of any other: thin masks stay.
+        """
         scaled = F.interpolate(
             torch.from_numpy(mask)[None, None].float(), self.extent(*mask.shape), mode="area"
         )
-        return self._padded(scaled[0, 0] > 0.5)
+        return self._padded(scaled[0, 0] > scaled.max() / 2)
 
     def valid(self, height: int, width: int) -> Tensor:
         """Return which pixels of the square are picture and not padding, bool (size, size)."""

@@ -95,7 +95,11 @@ def load(folder: Path) -> SamModel | Sam2Model:
     """Return the model of a folder that `save_pretrained` wrote, or that the hub has."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"--model must be {', '.join(TINY)} or a model's folder, got {folder}")
-    kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+    try:
+        kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+    except (OSError, ValueError) as error:
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"--model must hold a readable config, got {folder}: {first}") from error
     types = {"sam": SamModel, "sam2": Sam2Model, "sam2_video": Sam2Model}
     if kind not in types:
         raise ValueError(f"--model must be a SAM or SAM2, got {folder} with a {kind}")

@@ -91,7 +91,7 @@ def load_weights(model: nn.Module, checkpoint: Path, name: str, key: str | None 
         ) from error
     if key is not None and isinstance(weights, dict):
         weights = weights.get(key, weights)
-    if not isinstance(weights, dict):
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise ValueError(f"--checkpoint must hold named tensors, got {checkpoint}")
 
     expected = {key: value.shape for key, value in model.state_dict().items()}
