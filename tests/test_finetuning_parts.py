@@ -411,6 +411,27 @@ def test_one_prompt_for_each_of_many_pictures(family: str, inputs) -> None:
                 torch.testing.assert_close(together[i], alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["transformers-sam", "transformers-sam2"])
+@torch.no_grad()
+def test_logits_are_those_of_transformers(family: str, inputs) -> None:
+    from finetuning.prompts import Prompts
+
+    images, boxes, points, labels = inputs
+    model = build(family)
+    if family == "transformers-sam2":
+        model.model.no_memory_embedding.normal_()  # zero in a new model
+    asked = [
+        (Prompts(boxes), {"input_boxes": boxes[:, None]}),
+        (
+            Prompts(points=points, labels=labels),
+            {"input_points": points[:, None], "input_labels": labels[:, None]},
+        ),
+    ]
+    for prompts, keywords in asked:
+        output = model.model(pixel_values=images, multimask_output=False, **keywords)
+        torch.testing.assert_close(model(images, prompts), output.pred_masks[:, 0, 0])
+
+
 def test_wrong_state_is_refused() -> None:
     from finetuning.adaptation import adapt, load_trainable_state, trainable_state
 
