@@ -1,8 +1,10 @@
 """The InfoSAM loss: compress the teacher's relation, carry it to the student (Eq. 10-14)."""
 
+from copy import deepcopy
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -14,8 +16,16 @@ from renyi_kd._checks import (
     check_same_device,
 )
 from renyi_kd._precision import compute_dtype
+from renyi_kd.distributed import (
+    averaging_gradients,
+    broadcast,
+    check_group,
+    mean_over_ranks,
+    slices_over_ranks,
+    sum_over_ranks,
+)
 from renyi_kd.features import Features
-from renyi_kd.gram import gram_error, sample_gram
+from renyi_kd.gram import gram_error, inner_products, sample_gram
 from renyi_kd.joint import joint_grams
 from renyi_kd.relation import RelationModule, flatten_features
 from renyi_kd.spectral import choose_method, spectral_entropy
@@ -65,6 +75,7 @@ def infosam_terms(
     compression_weight: float = 1.0,
     distillation_weight: float = 0.5,
     distillation_trains_relation: bool = True,
+    process_group: "dist.ProcessGroup | None" = None,
 ) -> InfoSAMTerms:
     r"""The InfoSAM loss and its terms from relations and teacher features (Eq. 10-14).
 
@@ -85,14 +96,15 @@ def infosam_terms(
         compression_weight: :math:`\lambda_1` >= 0.
         distillation_weight: :math:`\lambda_2` >= 0.
         distillation_trains_relation: whether :math:`L_d` passes a gradient to `teacher_relation`.
+        process_group: take the samples of all its ranks, see `InfoSAMDistiller`.
 
     Returns:
         `InfoSAMTerms`, in the promoted dtype of the arguments, at least float32.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or an option not a number.
-        ValueError: fewer than two samples, different batch sizes or devices, `alpha` <= 0, or a
-            negative weight.
+        ValueError: fewer than two samples, different batch sizes or devices, `alpha` <= 0, a
+            negative weight, or samples of another kind on another rank.
 
     References:
         Y. Zhang et al., InfoSAM: Fine-Tuning the Segment Anything Model from An
@@ -110,6 +122,7 @@ def infosam_terms(
         compression_weight=check_real("compression_weight", compression_weight, minimum=0),
         distillation_weight=check_real("distillation_weight", distillation_weight, minimum=0),
         distillation_trains_relation=distillation_trains_relation,
+        process_group=process_group,
     )
     _, compression, distillation = losses
     entropy_t, entropy_s, entropy_im, *_ = entropies
@@ -120,7 +133,7 @@ def infosam_terms(
             entropy_t,
             entropy_s,
             entropy_im,
-            _mean_cosine(teacher_relation, student_relation),
+            _mean_cosine(teacher_relation, student_relation, process_group),
         ]
     ).detach()
     dtype = compute_dtype(*samples)
@@ -137,25 +150,29 @@ def _losses(
     compression_weight: float,
     distillation_weight: float,
     distillation_trains_relation: bool,
+    process_group: "dist.ProcessGroup | None",
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
     """L, L_r and L_d, and the entropies of the five matrices of `joint_grams`, in float64."""
-    _check_samples(
-        {
-            "teacher_relation": teacher_relation,
-            "student_relation": student_relation,
-            "image_embedding": image_embedding,
-            "mask_tokens": mask_tokens,
-        }
-    )
+    samples = {
+        "teacher_relation": teacher_relation,
+        "student_relation": student_relation,
+        "image_embedding": image_embedding,
+        "mask_tokens": mask_tokens,
+    }
+    check_group(process_group)
+    _check_samples(samples, at_least=2 if process_group is None else 1)
     alpha = check_alpha(alpha)
+    if process_group is not None:
+        samples = slices_over_ranks(samples, process_group)
+        _check_samples(samples, at_least=2)
     grams = torch.stack(
         [
-            _gram(teacher_relation),
-            _gram(student_relation),
-            sample_gram(image_embedding),
-            _gram(mask_tokens),
+            sample_gram(x) if name == "image_embedding" else inner_products(x.flatten(1))
+            for name, x in samples.items()
         ]
     )
+    if process_group is not None:
+        grams = sum_over_ranks(grams, process_group)
     # A joint entropy is the entropy of a Hadamard product (Eq. 16).
     entropies = spectral_entropy(
         joint_grams(grams, distillation_trains_relation),
@@ -188,10 +205,12 @@ class InfoSAMDistiller(nn.Module):
             `(B, ...)`. Default: `RelationModule(dim)`.
         distillation_trains_relation: if False, both relations of the distillation term are computed
             with detached parameters, so that it trains the student alone (Eq. 6).
+        process_group: take the Gram matrices over the samples of all its ranks, see below. Default:
+            over those of this process.
 
     Raises:
         TypeError: an option of the wrong kind.
-        ValueError: `dim` < 1, `alpha` <= 0, or a negative weight.
+        ValueError: `dim` < 1, `alpha` <= 0, a negative weight, or a group without this process.
 
     Shape:
         - teacher, student: `Features`, or any pair of an image embedding `(B, D, H, W)`,
@@ -203,6 +222,16 @@ class InfoSAMDistiller(nn.Module):
         At alpha 2 and other integers up to 32, and with Triton >= 3.3 at every order up to 32
         samples, nothing waits for a CUDA device. Nothing of a map's size is kept for backward.
         There is no second derivative. Non-finite features give a non-finite loss and gradients.
+
+    Note:
+        With a `process_group`, such as `torch.distributed.group.WORLD` after
+        `init_process_group`, the loss is the same on all ranks, that of one batch with the samples
+        of all; their numbers may differ, and one a rank is enough. The student's gradients are as
+        DistributedDataParallel expects them, which averages over the ranks. Those of the relation
+        module are averaged here, in every backward pass: do not wrap the distiller. The ranks have
+        to make it, call it and pass back together; making it, they take over the parameters of
+        the first. Features of other shapes on one rank are a `ValueError` on all. If a rank
+        dies or stays away, the others raise an error after the timeout of the group at the latest.
 
     Example:
         >>> distiller = InfoSAMDistiller(dim=8)
@@ -221,8 +250,10 @@ class InfoSAMDistiller(nn.Module):
         distillation_weight: float = 0.5,
         relation: nn.Module | None = None,
         distillation_trains_relation: bool = True,
+        process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
         super().__init__()
+        check_group(process_group)
         self.dim = check_integer("dim", dim, minimum=1)
         self.alpha = check_alpha(alpha)
         self.compression_weight = check_real("compression_weight", compression_weight, minimum=0)
@@ -231,6 +262,16 @@ class InfoSAMDistiller(nn.Module):
             raise TypeError(f"`relation` must be a torch.nn.Module, got {type(relation).__name__}.")
         self.relation = RelationModule(dim) if relation is None else relation
         self.distillation_trains_relation = distillation_trains_relation
+        self.process_group = process_group
+        if process_group is not None:
+            broadcast(self.relation, process_group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "InfoSAMDistiller":
+        """A copy that shares the process group, which cannot be copied."""
+        memo[id(self.process_group)] = self.process_group
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(deepcopy(self.__dict__, memo))
+        return copied
 
     def forward(self, teacher: FeaturePair, student: FeaturePair) -> Tensor:
         """The loss, a scalar; see `terms`."""
@@ -258,6 +299,7 @@ class InfoSAMDistiller(nn.Module):
             f"dim={self.dim}, alpha={self.alpha}, compression_weight={self.compression_weight}, "
             f"distillation_weight={self.distillation_weight}, "
             f"distillation_trains_relation={self.distillation_trains_relation}"
+            + ("" if self.process_group is None else f", ranks={self.process_group.size()}")
         )
 
     def _samples(
@@ -272,18 +314,26 @@ class InfoSAMDistiller(nn.Module):
                 "not. The arguments are probably swapped: call distiller(teacher, student)."
             )
         # Before the relations are computed, so that a bad batch costs nothing.
-        _check_samples({"teacher": teacher_pixels, "student": student_pixels})
+        at_least = 2 if self.process_group is None else 1
+        _check_samples({"teacher": teacher_pixels, "student": student_pixels}, at_least)
 
         teacher_pixels, teacher_tokens = teacher_pixels.detach(), teacher_tokens.detach()
-        teacher_relation = self.relation(teacher_pixels, teacher_tokens)
-        if self.distillation_trains_relation:
-            student_relation = self.relation(student_pixels, student_tokens)
-        else:
-            detached = {name: p.detach() for name, p in self.relation.named_parameters()}
-            student_relation = functional_call(
-                self.relation, detached, (student_pixels, student_tokens)
-            )
+        weights = {}
+        if self.process_group is not None:
+            weights = averaging_gradients(self.relation, self.process_group)
+        teacher_relation = self._relate(teacher_pixels, teacher_tokens, weights)
+        if not self.distillation_trains_relation:
+            weights = {name: p.detach() for name, p in self.relation.named_parameters()}
+        student_relation = self._relate(student_pixels, student_tokens, weights)
         return teacher_relation, student_relation, teacher_pixels, teacher_tokens
+
+    def _relate(self, pixels: Tensor, tokens: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """The relation, with these parameters in place of the module's."""
+        if not weights:
+            relation: Tensor = self.relation(pixels, tokens)
+        else:
+            relation = functional_call(self.relation, weights, (pixels, tokens))
+        return relation
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -291,6 +341,7 @@ class InfoSAMDistiller(nn.Module):
             "compression_weight": self.compression_weight,
             "distillation_weight": self.distillation_weight,
             "distillation_trains_relation": self.distillation_trains_relation,
+            "process_group": self.process_group,
         }
 
     def _flatten(self, name: str, features: FeaturePair) -> tuple[Tensor, Tensor]:
@@ -303,7 +354,7 @@ class InfoSAMDistiller(nn.Module):
         return flatten_features(image_embedding, mask_tokens, self.dim, owner=f"{name} ")
 
 
-def _check_samples(samples: dict[str, Tensor]) -> None:
+def _check_samples(samples: dict[str, Tensor], at_least: int) -> None:
     for name, tensor in samples.items():
         check_floating(name, tensor)
         if tensor.ndim < 2:
@@ -315,12 +366,12 @@ def _check_samples(samples: dict[str, Tensor]) -> None:
     if any(size != sizes[0] for size in sizes):
         found = ", ".join(f"`{name}` {size}" for name, size in zip(samples, sizes, strict=True))
         raise ValueError(f"All arguments must have the same batch size, got {found}.")
-    if sizes[0] < 2:
+    if sizes[0] < at_least:
         raise ValueError(
-            f"A batch must hold at least 2 samples, got {sizes[0]}: a Gram matrix over one sample "
-            f"carries no information. Use a larger batch, drop_last=True in the data loader for "
-            f"the last one, or gather the batch of all processes. Gradient accumulation does not "
-            f"enlarge the Gram matrix."
+            f"A batch must hold at least {at_least} samples, got {sizes[0]}: a Gram matrix over "
+            f"one sample carries no information. Use a larger batch, drop_last=True in the data "
+            f"loader for the last one, or process_group=... for the samples of all processes. "
+            f"Gradient accumulation does not enlarge the Gram matrix."
         )
 
 
@@ -328,14 +379,13 @@ def _requires_grad(features: FeaturePair) -> bool:
     return any(tensor.requires_grad for tensor in features)
 
 
-def _gram(samples: Tensor) -> Tensor:
-    """Gram matrix over the batch (Eq. 19), in float64."""
-    rows = samples.flatten(1).double()
-    return rows @ rows.mT
-
-
-def _mean_cosine(teacher_relation: Tensor, student_relation: Tensor) -> Tensor:
+def _mean_cosine(
+    teacher_relation: Tensor,
+    student_relation: Tensor,
+    process_group: "dist.ProcessGroup | None",
+) -> Tensor:
     if teacher_relation.shape != student_relation.shape:
         return torch.full((), torch.nan, dtype=torch.float64, device=teacher_relation.device)
     teacher, student = teacher_relation.detach().flatten(1), student_relation.detach().flatten(1)
-    return torch.cosine_similarity(teacher.double(), student.double()).mean()
+    cosines = torch.cosine_similarity(teacher.double(), student.double())
+    return cosines.mean() if process_group is None else mean_over_ranks(cosines, process_group)

@@ -49,7 +49,7 @@ def linear_kernel(x: Tensor, y: Tensor | None = None) -> Tensor:
                 [1., 5.]])
     """
     dtype = _check_samples(x, y)
-    return _inner_products(x, y).to(dtype)
+    return inner_products(x, y).to(dtype)
 
 
 def polynomial_kernel(
@@ -79,7 +79,7 @@ def polynomial_kernel(
     dtype = _check_samples(x, y)
     degree = check_integer("degree", degree, minimum=1)
     offset = check_real("offset", offset, minimum=0)
-    return ((_inner_products(x, y) + offset) ** degree).to(dtype)
+    return ((inner_products(x, y) + offset) ** degree).to(dtype)
 
 
 def rbf_kernel(x: Tensor, y: Tensor | None = None, *, bandwidth: float | None = None) -> Tensor:
@@ -220,7 +220,7 @@ def _sample_gram_backward(grad: Tensor, samples: Tensor) -> Tensor:
     symmetric = grad + grad.mT
     rows = in_memory_order(samples).flatten(1)
     grad_samples = _dense_in_memory_order(samples)
-    grad_rows = grad_samples.permute(0, *_memory_order(samples)).flatten(1)
+    grad_rows = grad_samples.permute(0, *memory_order(samples)).flatten(1)
     columns = max(1, _BLOCK // rows.shape[0])
     blocks = (torch.split(x, columns, dim=1) for x in (rows, grad_rows))
     for block, grad_block in zip(*blocks, strict=True):
@@ -257,17 +257,18 @@ def is_long(rows: Tensor) -> bool:
 
 
 def in_memory_order(samples: Tensor) -> Tensor:
-    """The axes of a sample from the slowest to the fastest: a dense map flattens to a view."""
-    return samples.permute(0, *_memory_order(samples))
+    """The same, with its axes in `memory_order`: a dense map flattens to a view."""
+    return samples.permute(0, *memory_order(samples))
 
 
-def _memory_order(samples: Tensor) -> list[int]:
+def memory_order(samples: Tensor) -> list[int]:
+    """The axes of a sample from the slowest to the fastest."""
     return sorted(range(1, samples.ndim), key=samples.stride, reverse=True)
 
 
 def _dense_in_memory_order(samples: Tensor) -> Tensor:
     """An empty tensor of the same shape, dense, with its axes in the order of `samples`."""
-    axes = _memory_order(samples)
+    axes = memory_order(samples)
     dense = samples.new_empty(samples.shape[0], *(samples.shape[axis] for axis in axes))
     return dense.permute(0, *(1 + axes.index(axis) for axis in range(1, samples.ndim)))
 
@@ -292,7 +293,8 @@ def _check_samples(x: Tensor, y: Tensor | None) -> torch.dtype:
     return compute_dtype(x, y)
 
 
-def _inner_products(x: Tensor, y: Tensor | None) -> Tensor:
+def inner_products(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """As `linear_kernel`, in float64 and without checks."""
     return x.double() @ (x if y is None else y).double().mT
 
 
