@@ -368,8 +368,8 @@ def _check_samples(samples: dict[str, Tensor], at_least: int) -> None:
         raise ValueError(f"All arguments must have the same batch size, got {found}.")
     if sizes[0] < at_least:
         raise ValueError(
-            f"A batch must hold at least {at_least} samples, got {sizes[0]}: a Gram matrix over "
-            f"one sample carries no information. Use a larger batch, drop_last=True in the data "
+            f"A batch must hold at least {at_least} sample{'s' * (at_least > 1)}, got {sizes[0]}: "
+            f"a Gram matrix over one sample carries no information. Use a larger batch, drop_last=True in the data "
             f"loader for the last one, or process_group=... for the samples of all processes. "
             f"Gradient accumulation does not enlarge the Gram matrix."
         )

@@ -1,0 +1,203 @@
+"""The loss over several processes against one process with all of the samples."""
+
+import copy
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from renyi_kd import InfoSAMDistiller, infosam_terms
+
+SCRIPT = Path(ranks.__file__)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def results(request, tmp_path_factory) -> list[dict]:
+    """What each rank came to."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}"]
+    command = [sys.executable, *launch, str(SCRIPT), "agree", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("name", ranks.CASES)
+def test_all_ranks_equal_one_process(results, name) -> None:
+    case = ranks.CASES[name]
+    expected = ranks.compute(case, len(results))
+    short = case.dtype == torch.float32
+    gradients = {key for key in expected if key.startswith("gradient")}
+    total = torch.stack([expected[key].norm() for key in gradients]).norm()
+    assert total > 0
+    for found in (of_rank[name] for of_rank in results):
+        assert found.keys() == expected.keys()
+        for key in expected.keys() - gradients:
+            torch.testing.assert_close(
+                found[key], expected[key], rtol=0, atol=1e-6 if short else 1e-12, equal_nan=True
+            )
+        for key in gradients:
+            # That of a key's bias is zero but for rounding.
+            allowed = (1e-5 if short else 1e-9) * expected[key].norm()
+            allowed += torch.finfo(case.dtype).eps * total
+            assert (found[key] - expected[key]).norm() <= allowed, key
+
+
+def test_what_a_rank_sends(results) -> None:
+    world = len(results)
+    others = (world - 1) / world
+    batch, dim, pixels, floats = 4, 256, 4096, 4
+    embedding, relation, tokens = (batch * n * floats for n in (dim * pixels, pixels, dim))
+    halves = 4 * (world * batch) * (world * batch + 1) / 2 * 8
+    parameters = 132_608 * floats
+    for sent in (of_rank["traffic"] for of_rank in results):
+        forward, backward = sent["forward"], sent["backward"]
+        assert forward["all_to_all"] == others * (embedding + 2 * relation + tokens)
+        assert forward["all_reduce"] == 2 * others * halves
+        assert forward["all_gather"] == (world - 1) * 6 * 8
+        assert backward["all_to_all"] == others * (2 * relation + tokens)
+        assert backward["all_reduce"] == 2 * others * parameters
+        grams = sum(forward.values()) + backward["all_to_all"]
+        assert grams <= 1.1 * embedding + 2 * relation
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def start(kind: str, world: int) -> list[subprocess.Popen]:
+    """Start the ranks by hand: torchrun would kill all if one ends."""
+    port = free_port()
+    started = []
+    for rank in range(world):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+        }
+        started.append(
+            subprocess.Popen(
+                [sys.executable, str(SCRIPT), kind],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return started
+
+
+@pytest.mark.parametrize("kind", ["die", "die-in-backward", "stay-away"])
+def test_a_lost_rank_is_an_error_on_the_others(kind) -> None:
+    *others, lost = start(kind, 3)
+    try:
+        for process in others:
+            _, stderr = process.communicate(timeout=60)
+            assert process.returncode == 1
+            assert "RuntimeError" in stderr
+            assert "gloo" in stderr.lower() or "timed out" in stderr.lower()
+    finally:
+        for process in (*others, lost):
+            process.kill()
+            process.communicate()
+
+
+def test_other_shapes_on_a_rank_are_an_error_on_all() -> None:
+    messages = []
+    for process in start("differ", 3):
+        stdout, stderr = process.communicate(timeout=60)
+        assert process.returncode == 4, stderr
+        messages.append(stdout)
+    for rank, message in enumerate(messages):
+        assert message.startswith("`teacher_relation` must have samples of one shape and dtype")
+        assert f"on this rank, {rank}, but not on {'0, 1' if rank == 2 else 2}." in message
+
+
+# One process
+
+
+@pytest.fixture(scope="module")
+def group():
+    dist.init_process_group("gloo", f"tcp://localhost:{free_port()}", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def samples(batch: int, seed: int) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    shapes = (batch, 16, 5, 4), (batch, 1, 16)
+    return tuple(torch.randn(shape, generator=draw).requires_grad_(seed > 0) for shape in shapes)
+
+
+def distillers(group: dist.ProcessGroup) -> tuple[InfoSAMDistiller, InfoSAMDistiller]:
+    alone, one_rank = InfoSAMDistiller(16), InfoSAMDistiller(16, process_group=group)
+    one_rank.load_state_dict(alone.state_dict())
+    return alone, one_rank
+
+
+def test_a_group_of_one(group) -> None:
+    alone, one_rank = distillers(group)
+    found, expected = (d.terms(samples(3, 0), samples(3, 1)) for d in (one_rank, alone))
+    torch.testing.assert_close(found, expected)
+    found.loss.backward()
+    expected.loss.backward()
+    for p, q in zip(one_rank.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_a_copy_shares_the_group(group) -> None:
+    _, distiller = distillers(group)
+    copied = copy.deepcopy(distiller)
+    assert copied.process_group is group
+    weight = copied.relation.query_proj.weight
+    assert weight is not distiller.relation.query_proj.weight
+    teacher, student = samples(3, 0), samples(3, 1)
+    torch.testing.assert_close(copied(teacher, student), distiller(teacher, student))
+    assert "ranks=1" in repr(copied)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_compiled(group) -> None:
+    alone, distiller = distillers(group)
+    teacher, student = samples(3, 0), samples(3, 1)
+    loss = torch.compile(distiller, backend="aot_eager")(teacher, student)
+    torch.testing.assert_close(loss, alone(teacher, student))
+
+
+def test_the_samples_of_all_ranks_are_counted(group) -> None:
+    _, distiller = distillers(group)
+    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+        distiller(samples(1, 0), samples(1, 1))
+    with pytest.raises(ValueError, match="at least 1 sample, got 0"):
+        distiller(samples(0, 0), samples(0, 1))
+
+
+def test_a_single_sample_is_told_of_process_groups() -> None:
+    with pytest.raises(ValueError, match="process_group="):
+        InfoSAMDistiller(16)(samples(1, 0), samples(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("process_group", "error", "message"),
+    [
+        (dist.GroupMember.NON_GROUP_MEMBER, ValueError, "a group that this process belongs to"),
+        ("nccl", TypeError, "must be a torch.distributed.ProcessGroup, .*, got str"),
+        (True, TypeError, "must be a torch.distributed.ProcessGroup, .*, got bool"),
+    ],
+)
+def test_what_is_no_group(process_group, error, message) -> None:
+    with pytest.raises(error, match=message):
+        InfoSAMDistiller(16, process_group=process_group)
+    relation = torch.eye(3)
+    with pytest.raises(error, match=message):
+        infosam_terms(relation, relation, relation, relation, process_group=process_group)
