@@ -75,10 +75,10 @@ def evaluate_run(
     rows = read_splits(options)[arguments.split]
     loader = DataLoader(MaskedImages(rows, model.frame), options.batch_size, collate_fn=collate)
     batches = (batch.to(device) for batch in loader)
-    pairs = predictions(model.to(device), batches, options.eval_prompts, options.eval_points)
+    found = predictions(model.to(device), batches, options.eval_prompts, options.eval_points)
     images = {
-        str(row.image): image_scores(logits, truth, paper=arguments.paper)
-        for row, (logits, truth) in zip(rows, tqdm(pairs, str(run), len(rows)), strict=True)
+        str(rows[index].image): image_scores(logits, truth, paper=arguments.paper)
+        for index, logits, truth in tqdm(found, str(run), len(rows))
     }
     common = vars(options) | {"seed": None, "output": None, "epoch": epoch}
     return images, json.dumps(common, default=str, sort_keys=True)

@@ -18,7 +18,14 @@ from finetuning.data import loaders
 from finetuning.evaluation import evaluate
 from finetuning.logbook import Logbook
 from finetuning.loss import structure_loss
-from finetuning.options import accelerate, open_run, parse, plain_errors, read_splits
+from finetuning.options import (
+    accelerate,
+    from_main_process,
+    open_run,
+    parse,
+    plain_errors,
+    read_splits,
+)
 from finetuning.prompts import draw_prompts
 from finetuning.sam2 import MODELS, build
 from finetuning.segmenter import check_teacher
@@ -31,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with plain_errors():
         accelerator = accelerate(options)
         set_seed(options.seed)
-        splits = read_splits(options)
+        splits = from_main_process(read_splits, options)
         student = build(options.model, options.checkpoint)
         if options.teacher is None:
             teacher = copy.deepcopy(student)  # before the student is adapted
@@ -45,20 +52,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             alpha=options.alpha,
             compression_weight=options.compression_weight,
             distillation_weight=options.distillation_weight,
-        )
-        encode = teacher_encoder(teacher, splits["train"], options)
-        last = open_run(options)
+            process_group=torch.distributed.group.WORLD,  # None on one process
+        ).to(accelerator.device)
+        with accelerator.main_process_first():
+            encode = teacher_encoder(teacher, splits["train"], options)
+        last = from_main_process(open_run, options)
 
     modules = {"student": student, "distiller": distiller}
     weights = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=options.lr)
     order = torch.Generator()
     train, val, test = loaders(splits, student.frame, options.batch_size, options.workers, order)
-    steps = options.epochs * ceil(len(train) / options.accumulate)
+    steps = options.epochs * ceil(len(train) // options.processes / options.accumulate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, options.lr / 10)
-    student, distiller, optimizer, train, val, test = accelerator.prepare(
-        student, distiller, optimizer, train, val, test
-    )
+    # The distiller averages its own gradients. The bare student is what is evaluated.
+    trained, optimizer, train, val, test = accelerator.prepare(student, optimizer, train, val, test)
 
     others = {"optimizer": optimizer, "schedule": schedule}
     if accelerator.scaler is not None:
@@ -67,20 +75,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if last is not None:
         done, best = checkpoint.resume(last, modules, others)
         print(f"resumed after epoch {done}")
-    log = Logbook(options, step=done * len(train))
+    log = Logbook(options, step=done * len(train), silent=not accelerator.is_main_process)
 
     for epoch in range(done + 1, options.epochs + 1):
         # All that is random starts anew from seed and epoch, so there is no state to save.
-        set_seed(1000 * options.seed + epoch)
+        set_seed(1000 * options.seed + epoch, device_specific=True)
         order.manual_seed(1000 * options.seed + epoch)
-        student.train()
+        trained.train()
         started = time.perf_counter()
         with FeatureCollector(teacher) as of_teacher, FeatureCollector(student) as of_student:
-            for batch in (bar := tqdm(train, f"epoch {epoch}")):
-                with accelerator.accumulate(student, distiller):
+            for batch in (bar := tqdm(train, f"epoch {epoch}", disable=log.silent)):
+                with accelerator.accumulate(trained):
                     prompts = draw_prompts(options.prompts, options.points, batch)
                     with accelerator.autocast():
-                        logits = student(batch.images, prompts)
+                        logits = trained(batch.images, prompts)
                         structure = structure_loss(
                             logits, batch.masks, batch.valid, legacy=options.legacy_loss
                         )
@@ -103,10 +111,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.validation(epoch, scores, seconds)
         if scores["iou"] > best["iou"]:
             best = {"epoch": epoch, **scores}
-        checkpoint.save(options.output, epoch, best, modules, others)
+        if accelerator.is_main_process:
+            checkpoint.save(options.output, epoch, best, modules, others)
+        accelerator.wait_for_everyone()
 
     checkpoint.load_weights(checkpoint.of_epoch(options.output, best["epoch"]), modules)
     log.result(best, evaluate(student, test, options.eval_prompts, options.eval_points))
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

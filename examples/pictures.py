@@ -67,7 +67,7 @@ def pairs(model: Segmenter, rows: list[Row]) -> list[tuple[Tensor, Tensor, Tenso
     found = predictions(model, batches, "boxes", 1)
     return [
         (logits > 0, truth, batch.boxes[0])
-        for (logits, truth), batch in zip(found, batches, strict=True)
+        for (_, logits, truth), batch in zip(found, batches, strict=True)
     ]
 
 

@@ -369,9 +369,9 @@ def _check_samples(samples: dict[str, Tensor], at_least: int) -> None:
     if sizes[0] < at_least:
         raise ValueError(
             f"A batch must hold at least {at_least} sample{'s' * (at_least > 1)}, got {sizes[0]}: "
-            f"a Gram matrix over one sample carries no information. Use a larger batch, drop_last=True in the data "
-            f"loader for the last one, or process_group=... for the samples of all processes. "
-            f"Gradient accumulation does not enlarge the Gram matrix."
+            f"a Gram matrix over one sample carries no information. Use a larger batch, "
+            f"drop_last=True in the data loader for the last one, or process_group=... for the "
+            f"samples of all processes. Gradient accumulation does not enlarge the Gram matrix."
         )
 
 

@@ -88,9 +88,15 @@ class CachedEncoder:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
         """Return the image embeddings (B, D, h, w) of a batch, in float32."""
-        if not all(self.whole[i] for i in batch.index):
+        if not all(self.is_whole(i) for i in batch.index):
             self.write(batch.index, self.teacher.encode(batch.images)[-1])
         return self.embeddings[batch.index].to(batch.images.device).float()
+
+    def is_whole(self, i: int) -> bool:
+        """Return whether the file holds an embedding, which another process may have written."""
+        if not self.whole[i]:
+            self.whole[i] = os.pread(self.marks, 1, i) == b"\1"
+        return bool(self.whole[i])
 
     def write(self, index: list[int], embeddings: Tensor) -> None:
         """Keep embeddings, first themselves and then that they are whole."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from finetuning.data import Batch
@@ -16,31 +17,37 @@ from finetuning.segmenter import Segmenter
 @torch.no_grad()
 def predictions(
     model: Segmenter, batches: Iterable[Batch], prompts: str, points: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield mask logits and truth of each image, (H, W), scaled as the package's predictor does.
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield index, mask logits and truth, (H, W), of each image, scaled as its predictor does.
 
     Args:
         model: What segments.
         batches: Of the split.
-        prompts: "boxes", the true ones, or "points", the same ones at every call.
+        prompts: "boxes", the true ones, or "points", the same ones in the same batch.
         points: How many an image.
     """
     was_training = model.training
     model.eval()
     with torch.random.fork_rng():
-        torch.manual_seed(0)
         for batch in batches:
+            torch.manual_seed(batch.index[0])  # however the batches are shared out
             asked = Prompts(batch.boxes) if prompts == "boxes" else draw_points(points, batch)
-            for logits, truth in zip(model(batch.images, asked), batch.truths, strict=True):
-                yield model.frame.restore(logits, *truth.shape), truth
+            found = zip(batch.index, model(batch.images, asked), batch.truths, strict=True)
+            for index, logits, truth in found:
+                yield index, model.frame.restore(logits, *truth.shape), truth
     model.train(was_training)
 
 
 def evaluate(
     model: Segmenter, batches: Iterable[Batch], prompts: str, points: int
 ) -> dict[str, float]:
-    """Return the mean IoU and Dice over the images; the arguments are those of `predictions`."""
-    pairs = predictions(model, batches, prompts, points)
-    scores = torch.tensor([dice_and_iou(logits > 0, truth) for logits, truth in pairs])
-    dice, iou = scores.mean(0).tolist()
+    """Return the mean IoU and Dice over the images, those of all processes.
+
+    The arguments are those of `predictions`; the model is not wrapped, as the processes may have
+    different numbers of batches.
+    """
+    found = predictions(model, batches, prompts, points)
+    own = [(index, dice_and_iou(logits > 0, truth)) for index, logits, truth in found]
+    scores = [score for _, score in sorted(gather_object(own))]
+    dice, iou = torch.tensor(scores).mean(0).tolist()
     return {"iou": iou, "dice": dice}

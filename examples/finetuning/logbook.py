@@ -25,13 +25,16 @@ class Logbook:
     Args:
         options: Of the run.
         step: Batches seen before; what was written for later ones goes.
+        silent: Write nothing, as the processes but the main one.
     """
 
-    def __init__(self, options: argparse.Namespace, step: int) -> None:
-        self.options, self.step = options, step
+    def __init__(self, options: argparse.Namespace, step: int, *, silent: bool = False) -> None:
+        self.options, self.step, self.silent = options, step, silent
         self.folder: Path = options.output
         self.warned = False
         self.recent: list[Tensor] = []
+        if silent:
+            return
         for table in self.folder.glob("*.csv"):
             keep_until(table, step)
         self.tensorboard = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1)
@@ -40,6 +43,8 @@ class Logbook:
         self, bar: tqdm, structure: Tensor, terms: InfoSAMTerms | None, learning_rate: float
     ) -> None:
         """Take note of a batch, and write the means over each `--log-every` of an epoch."""
+        if self.silent:
+            return
         # The loss of the terms is InfoSAM's own; the sum is what trains.
         figures = {"structure": structure}
         if terms is not None:
@@ -56,7 +61,7 @@ class Logbook:
         bar.set_postfix({name: f"{values[name]:.3f}" for name in SHOWN if name in values})
         self.write("training", values | {"learning_rate": learning_rate})
         entropy = values.get("teacher_relation_entropy", math.inf)
-        capacity = math.log2(self.options.batch_size)
+        capacity = math.log2(self.options.batch_size * self.options.processes)
         if entropy < COLLAPSED * capacity and not self.warned:
             self.warned = True
             bar.write(
@@ -67,6 +72,8 @@ class Logbook:
 
     def validation(self, epoch: int, scores: dict[str, float], seconds: float) -> None:
         """Print and write what an epoch came to."""
+        if self.silent:
+            return
         values = {"epoch": epoch, **scores, "seconds_per_batch": seconds}
         if torch.cuda.is_available():
             values["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -76,6 +83,8 @@ class Logbook:
 
     def result(self, best: dict[str, float], scores: dict[str, float]) -> None:
         """Print and write how the best epoch does on the test set."""
+        if self.silent:
+            return
         checkpoint.write_json(self.folder / "result.json", {"validation": best, "test": scores})
         print(f"test, epoch {best['epoch']}: IoU {scores['iou']:.4f}, Dice {scores['dice']:.4f}")
         self.tensorboard.close()

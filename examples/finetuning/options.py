@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration, PartialState
+from accelerate.utils import broadcast_object_list
 
 from finetuning import checkpoint, data
 from finetuning.adaptation import METHODS
 from finetuning.cache import DTYPES
 
+T = TypeVar("T")
 FREE = ("resume", "threads", "workers", "cpu", "log_every")  # may change when a run resumes
 
 
@@ -73,7 +77,10 @@ def parse(
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=positive, default=10)
     group.add_argument(
-        "--batch-size", type=positive, default=4, help="and size of the Gram matrices"
+        "--batch-size",
+        type=positive,
+        default=4,
+        help="of a process; the Gram matrices are of all processes' batches",
     )
     group.add_argument(
         "--accumulate",
@@ -98,19 +105,12 @@ def parse(
     given = [folder is not None for folder in (options.data, options.images, options.masks)]
     if given not in ([True, False, False], [False, True, True]):
         parser.error("give either --data or both --images and --masks")
-    if options.batch_size < 2 and not options.no_infosam:
-        parser.error("--batch-size must be at least 2: InfoSAM compares the samples of a batch")
     if models:
         for name in ("", "teacher_"):
             model = getattr(options, name.rstrip("_") or "model")
             if model not in (None, "tiny") and getattr(options, f"{name}checkpoint") is None:
                 parser.error(f"--{name.replace('_', '-')}checkpoint is needed for {model}")
     torch.set_num_threads(options.threads)
-    if options.accumulate > 1 and not options.no_infosam:
-        print(
-            f"Gradients of {options.accumulate} batches are added up; the Gram matrices stay "
-            f"{options.batch_size} x {options.batch_size}, those of one batch."
-        )
     return options
 
 
@@ -123,21 +123,53 @@ def positive(text: str) -> int:
 
 
 def accelerate(options: argparse.Namespace) -> Accelerator:
-    """Return the accelerator that was asked for.
+    """Return the accelerator that was asked for; only the main process goes on printing.
 
     Raises:
-        ValueError: If the device cannot do that, or there is more than one process.
+        ValueError: If the device cannot do that, or there is one image a step.
     """
     accelerator = Accelerator(
         mixed_precision=options.precision,
         gradient_accumulation_steps=options.accumulate,
         cpu=options.cpu,
+        # No image twice in an evaluation. In training an incomplete round of batches is left out.
+        dataloader_config=DataLoaderConfiguration(even_batches=False),
     )
-    if accelerator.num_processes > 1:
-        raise ValueError("one process only: the Gram matrices do not see the others' samples")
+    if not accelerator.is_main_process:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process lives)
+    options.processes = accelerator.num_processes
+    batch = options.batch_size * options.processes
     if options.precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("--precision fp16 needs a GPU, on a CPU use bf16")
+    if options.no_infosam:
+        return accelerator
+    if batch < 2:
+        raise ValueError(
+            "--batch-size must be at least 2 on one process: InfoSAM compares the samples"
+        )
+    if options.accumulate > 1:
+        print(
+            f"Gradients of {options.accumulate} batches are added up; the Gram matrices stay "
+            f"{batch} x {batch}, those of one batch."
+        )
     return accelerator
+
+
+def from_main_process(
+    function: Callable[[argparse.Namespace], T], options: argparse.Namespace
+) -> T:
+    """Return on all processes what the function returns on the main one, or raise `ValueError`."""
+    error, outcome = None, [None, ""]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = function(options)
+        except ValueError as raised:
+            error, outcome[1] = raised, str(raised)
+    broadcast_object_list(outcome)
+    result, message = outcome
+    if message:
+        raise error or ValueError(message)
+    return result
 
 
 @contextmanager
@@ -146,7 +178,8 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        first = os.environ.get("RANK", "0") == "0"
+        sys.exit(f"error: {error}" if first else 1)
 
 
 def read_splits(options: argparse.Namespace) -> data.Splits:
@@ -156,10 +189,10 @@ def read_splits(options: argparse.Namespace) -> data.Splits:
     else:
         splits = data.read_folders(options.images, options.masks, options.seed)
     data.check(splits)
-    if len(splits["train"]) < options.batch_size:
+    if len(splits["train"]) < options.batch_size * options.processes:
         raise ValueError(
-            f"--batch-size must be at most the number of training images, "
-            f"{len(splits['train'])}, got {options.batch_size}"
+            f"--batch-size times processes must be at most the number of training images, "
+            f"{len(splits['train'])}, got {options.batch_size} times {options.processes}"
         )
     return splits
 
