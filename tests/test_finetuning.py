@@ -333,6 +333,37 @@ def test_resumed_in_another_process(family: str, data: Path, tmp_path: Path, mon
     assert_same_run(tmp_path / "whole", tmp_path / "parts", "epoch-002")
 
 
+def test_four_processes_train_what_one_loads(data: Path, tmp_path: Path, capsys) -> None:
+    """One image a process: a Gram matrix over 4."""
+    from finetuning.data import MaskedImages, collate, read_tables
+    from finetuning.evaluation import evaluate
+    from finetuning.trained import load_run
+
+    script, *model = SAM
+    options = ["--batch-size", 1, "--epochs", 2, "--teacher-cache", tmp_path / "cache", "--cpu"]
+    common = ["--data", data, "--output", tmp_path / "run", "--workers", 0, "--log-every", 1]
+    arguments = map(str, [*model, *common, *options, "--threads", 1])
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    command = [sys.executable, *launch, str(EXAMPLES / f"{script}.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for said in ("Teacher cache", "trainable parameters", "test, epoch"):
+        assert done.stdout.count(said) == 1
+
+    found = rows(tmp_path / "run")
+    assert [row["step"] for row in found] == [1, 2, 3, 4]
+    assert all(row["teacher_relation_entropy"] > 0.1 for row in found)  # 0 over a single image
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    student, _ = load_run(tmp_path / "run", result["validation"]["epoch"])
+    images = MaskedImages(read_tables(data)["test"], student.frame)
+    batches = [collate([images[i]]) for i in range(len(images))]
+    assert evaluate(student, batches, "boxes", 1) == pytest.approx(result["test"], abs=1e-6)
+
+    (tmp_path / "run" / "result.json").unlink()
+    refused = outcome(data, tmp_path / "run", capsys, *options, "--resume")
+    assert "--processes was 4, is 1" in refused
+
+
 @pytest.mark.parametrize(
     ("package", "name", "method", "count"),
     [

@@ -94,7 +94,7 @@ class Logbook:
         path = self.folder / f"{name}.csv"
         new = not path.exists()
         with path.open("a", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
+            table = csv.writer(file, lineterminator="\n")
             if new:
                 table.writerow(["step", *values])
             table.writerow([self.step, *values.values()])

@@ -191,8 +191,8 @@ def read_splits(options: argparse.Namespace) -> data.Splits:
     data.check(splits)
     if len(splits["train"]) < options.batch_size * options.processes:
         raise ValueError(
-            f"--batch-size times processes must be at most the number of training images, "
-            f"{len(splits['train'])}, got {options.batch_size} times {options.processes}"
+            f"--batch-size must be at most the number of training images, {len(splits['train'])}, "
+            f"over that of processes, {options.processes}, got {options.batch_size}"
         )
     return splits
 
