@@ -360,8 +360,8 @@ def test_four_processes_train_what_one_loads(data: Path, tmp_path: Path, capsys)
     assert evaluate(student, batches, "boxes", 1) == pytest.approx(result["test"], abs=1e-6)
 
     (tmp_path / "run" / "result.json").unlink()
-    refused = outcome(data, tmp_path / "run", capsys, *options, "--resume")
-    assert "--processes was 4, is 1" in refused
+    refused = outcome(data, tmp_path / "run", capsys, *options, "--batch-size", 2, "--resume")
+    assert "--batch-size was 1, is 2; --processes was 4, is 1" in refused
 
 
 @pytest.mark.parametrize(
