@@ -117,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     checkpoint.load_weights(checkpoint.of_epoch(options.output, best["epoch"]), modules)
     log.result(best, evaluate(student, test, options.eval_prompts, options.eval_points))
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

@@ -1,7 +1,7 @@
 """The InfoSAM loss: compress the teacher's relation, carry it to the student (Eq. 10-14)."""
 
-from copy import deepcopy
 from typing import Any, NamedTuple, TypeAlias
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -262,16 +262,19 @@ class InfoSAMDistiller(nn.Module):
             raise TypeError(f"`relation` must be a torch.nn.Module, got {type(relation).__name__}.")
         self.relation = RelationModule(dim) if relation is None else relation
         self.distillation_trains_relation = distillation_trains_relation
-        self.process_group = process_group
+        self._process_group = None if process_group is None else ref(process_group)
         if process_group is not None:
             broadcast(self.relation, process_group)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "InfoSAMDistiller":
-        """A copy that shares the process group, which cannot be copied."""
-        memo[id(self.process_group)] = self.process_group
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__dict__.update(deepcopy(self.__dict__, memo))
-        return copied
+    @property
+    def process_group(self) -> "dist.ProcessGroup | None":
+        """Whose samples the Gram matrices are over; None: those of this process."""
+        if self._process_group is None:
+            return None
+        group = self._process_group()
+        if group is None:
+            raise RuntimeError("The process group of the distiller has been destroyed.")
+        return group
 
     def forward(self, teacher: FeaturePair, student: FeaturePair) -> Tensor:
         """The loss, a scalar; see `terms`."""
@@ -299,7 +302,7 @@ class InfoSAMDistiller(nn.Module):
             f"dim={self.dim}, alpha={self.alpha}, compression_weight={self.compression_weight}, "
             f"distillation_weight={self.distillation_weight}, "
             f"distillation_trains_relation={self.distillation_trains_relation}"
-            + ("" if self.process_group is None else f", ranks={self.process_group.size()}")
+            + ("" if self._process_group is None else f", process_group={self._process_group()}")
         )
 
     def _samples(

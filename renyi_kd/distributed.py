@@ -10,10 +10,8 @@ convention of DistributedDataParallel, which averages over the ranks: each of :m
 back its part of the gradient of :math:`R L`, the sum of what all ranks call their loss.
 """
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any, TypeVar
-from zlib import crc32
+from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -23,9 +21,8 @@ from torch.autograd.function import once_differentiable
 from renyi_kd._precision import compute_dtype
 from renyi_kd.gram import in_memory_order, memory_order
 
-F = TypeVar("F", bound=Callable[..., Any])
-# The ranks' collectives must not depend on how a compiler orders what it traces.
-_eager: Callable[[F], F] = torch.compiler.disable
+# Groups are held weakly everywhere: a process that still holds one when it ends may abort.
+_host_groups: "WeakKeyDictionary[dist.ProcessGroup, ref[dist.ProcessGroup]]" = WeakKeyDictionary()
 
 
 def check_group(process_group: "dist.ProcessGroup | None") -> None:
@@ -41,7 +38,6 @@ def check_group(process_group: "dist.ProcessGroup | None") -> None:
     )
 
 
-@_eager
 def slices_over_ranks(samples: dict[str, Tensor], group: "dist.ProcessGroup") -> dict[str, Tensor]:
     """A slice of the features of the samples of all ranks, another one on each rank.
 
@@ -67,14 +63,12 @@ def slices_over_ranks(samples: dict[str, Tensor], group: "dist.ProcessGroup") ->
     return {name: slices[name] for name in samples}
 
 
-@_eager
 def sum_over_ranks(grams: Tensor, group: "dist.ProcessGroup") -> Tensor:
     """Sum of symmetric matrices, shape `(..., B, B)`, of all ranks, the same on each of them."""
     total: Tensor = _SumOverRanks.apply(grams, group)
     return total
 
 
-@_eager
 def mean_over_ranks(values: Tensor, group: "dist.ProcessGroup") -> Tensor:
     """Mean of the values, shape `(b,)`, of all ranks."""
     sums = torch.stack([values.sum(), values.new_full((), len(values))])
@@ -82,7 +76,6 @@ def mean_over_ranks(values: Tensor, group: "dist.ProcessGroup") -> Tensor:
     return sums[0] / sums[1]
 
 
-@_eager
 def averaging_gradients(module: nn.Module, group: "dist.ProcessGroup") -> dict[str, Tensor]:
     """The parameters of a module that train, by name; their gradients are means over the ranks."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -100,34 +93,38 @@ def broadcast(module: nn.Module, group: "dist.ProcessGroup") -> None:
 def _agree(samples: dict[str, Tensor], group: "dist.ProcessGroup") -> tuple[list[int], bool]:
     """Number of samples of each rank, and whether their image embeddings lie alike in memory."""
     embedding = samples["image_embedding"]
-    kinds = [f"{tuple(x.shape[1:])} {x.dtype}" for x in samples.values()]
-    layout = str(memory_order(embedding))
-    mine = torch.tensor([len(embedding), *(crc32(text.encode()) for text in (layout, *kinds))])
+    # Of integers and floats alone, these are the same hashes in every process.
+    kinds = [hash((*x.shape[1:], torch.finfo(x.dtype).eps)) for x in samples.values()]
+    mine = torch.tensor([len(embedding), hash(tuple(memory_order(embedding))), *kinds])
     found = mine.new_empty(dist.get_world_size(group) * len(mine))
     # Not through the GPU, for which the CPU would have to wait: it needs the sizes now.
     dist.all_gather_into_tensor(found, mine, group=_host_group(group))
     sizes, layouts, *others = found.view(-1, len(mine)).T.tolist()
 
     rank = dist.get_rank(group)
-    for name, kind, digests in zip(samples, kinds, others, strict=True):
-        differing = [str(r) for r, digest in enumerate(digests) if digest != digests[rank]]
+    for (name, x), kinds in zip(samples.items(), others, strict=True):
+        differing = [str(r) for r, kind in enumerate(kinds) if kind != kinds[rank]]
         if differing:
             raise ValueError(
-                f"`{name}` must have samples of one shape and dtype on all ranks, got {kind} on "
-                f"this rank, {rank}, but not on {', '.join(differing)}."
+                f"`{name}` must have samples of one shape and dtype on all ranks, got "
+                f"{tuple(x.shape[1:])} and {x.dtype} on this rank, {rank}, but not on "
+                f"{', '.join(differing)}."
             )
     return sizes, len(set(layouts)) == 1
 
 
-@cache
 def _host_group(group: "dist.ProcessGroup") -> "dist.ProcessGroup":
     """A group of the same ranks that sends what lies in the memory of the CPU."""
     if "cpu:gloo" in dist.get_backend_config(group):
         return group
-    ranks = dist.get_process_group_ranks(group)
-    made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-    assert isinstance(made, dist.ProcessGroup)  # this process is one of the ranks
-    return made
+    known = _host_groups.get(group, lambda: None)()
+    if known is None:
+        ranks = dist.get_process_group_ranks(group)
+        made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        assert isinstance(made, dist.ProcessGroup)  # this process is one of the ranks
+        known = made
+        _host_groups[group] = ref(made)
+    return known
 
 
 def _exchange(
@@ -151,7 +148,7 @@ class _Exchange(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, widths: list[int], sizes: list[int], group: "dist.ProcessGroup"
     ) -> Tensor:
-        ctx.widths, ctx.sizes, ctx.group = widths, sizes, group
+        ctx.widths, ctx.sizes, ctx.group = widths, sizes, ref(group)
         width = widths[dist.get_rank(group)]
         sent = torch.cat([piece.flatten() for piece in torch.split(rows, widths, dim=1)])
         received = sent.new_empty(sum(sizes), width)
@@ -167,12 +164,12 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rank = dist.get_rank(ctx.group)
+        rank = dist.get_rank(group := ctx.group())
         size, width = ctx.sizes[rank], ctx.widths[rank]
         received = grad.new_empty(size * sum(ctx.widths))
         to_each, from_each = [n * width for n in ctx.sizes], [size * w for w in ctx.widths]
         dist.all_to_all_single(
-            received, grad.contiguous().view(-1), from_each, to_each, group=ctx.group
+            received, grad.contiguous().view(-1), from_each, to_each, group=group
         )
         pieces = [piece.view(size, -1) for piece in torch.split(received, from_each)]
         return torch.cat(pieces, dim=1), None, None, None
@@ -200,15 +197,15 @@ class _SumOverRanks(torch.autograd.Function):
 class _AveragedGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: "dist.ProcessGroup", *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
+        ctx.group = ref(group)
         return tuple(p.view_as(p) for p in parameters)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         total = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(total, group=ctx.group)
-        total /= dist.get_world_size(ctx.group)
+        dist.all_reduce(total, group=ctx.group())
+        total /= dist.get_world_size(ctx.group())
         means = torch.split(total, [grad.numel() for grad in grads])
         pairs = zip(means, grads, strict=True)
         return None, *(mean.view_as(grad).to(grad.dtype) for mean, grad in pairs)
