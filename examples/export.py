@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         student, options = load_run(arguments.run, arguments.epoch)
         export(student, options, arguments.path)
     print(f"{options.model} with {options.method}: {arguments.path}")
+    print("Its single mask was trained: call the predictor with multimask_output=False.")
     if options.method == "adapter":
         print("It has adapters: load it with finetuning.trained.load_adapters(model, path).")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from finetuning import checkpoint
 from finetuning.data import MaskedImages, Row, collate, read_image
-from finetuning.evaluation import predictions
+from finetuning.evaluation import fixed_prompts, predictions
 from finetuning.metrics import dice_and_iou
 from finetuning.options import plain_errors, read_splits
 from finetuning.prompts import Prompts
@@ -31,6 +32,7 @@ from renyi_kd import FeatureCollector, InfoSAMDistiller
 
 # Told apart by colour-blind readers.
 BLUE, ORANGE, YELLOW, GREEN = "#0072b2", "#e69f00", "#f0e442", "#009e73"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NO_TICKS: dict[str, Any] = {"xticks": [], "yticks": []}
 
 
@@ -50,59 +52,68 @@ def main(argv: Sequence[str] | None = None) -> None:
         before, options = load_run(first, 0)
         rows = read_splits(options)["test"]
         models = {"before": before} | {str(run): load_run(run)[0] for run in arguments.runs}
-        chosen = arguments.rows or extremes(models[str(first)], rows, arguments.extremes)
+        for model in models.values():
+            model.to(DEVICE)
+        chosen = arguments.rows or extremes(models[str(first)], rows, arguments.extremes, options)
         if not set(chosen) <= set(range(len(rows))):
             raise ValueError(f"--rows must be from 0 to {len(rows) - 1}, got {chosen}")
-        draw_predictions([rows[i] for i in chosen], models, arguments.output / "predictions.png")
+        draw_predictions(rows, chosen, models, arguments.output / "predictions.png", options)
         if not options.no_infosam:
             draw_relations(first, rows[chosen[0]], arguments.output / "relations.png")
         draw_curves(arguments.runs, arguments.output / "curves.png")
     print(*sorted(arguments.output.glob("*.png")), sep="\n")
 
 
-def pairs(model: Segmenter, rows: list[Row]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return mask, truth and box, in pixels of the input, of each image."""
+def segmented(
+    model: Segmenter, rows: list[Row], chosen: Iterable[int], options: argparse.Namespace
+) -> Iterator[tuple[Tensor, Tensor, Prompts]]:
+    """Yield mask, truth and prompt, in pixels of the input, of each chosen image."""
+    asked = options.eval_prompts, options.eval_points
     data = MaskedImages(rows, model.frame)
-    batches = [collate([data[i]]) for i in range(len(rows))]
-    found = predictions(model, batches, "boxes", 1)
-    return [
-        (logits > 0, truth, batch.boxes[0])
-        for (_, logits, truth), batch in zip(found, batches, strict=True)
-    ]
+    for i in chosen:
+        batch = collate([data[i]]).to(DEVICE)
+        for _, logits, truth in predictions(model, [batch], *asked):
+            yield (logits > 0).cpu(), truth.cpu(), fixed_prompts(*asked, batch)
 
 
-def extremes(model: Segmenter, rows: list[Row], count: int) -> list[int]:
+def extremes(
+    model: Segmenter, rows: list[Row], count: int, options: argparse.Namespace
+) -> list[int]:
     """Return the images of lowest and of highest IoU, from worst to best."""
-    ious = [dice_and_iou(mask, truth)[1] for mask, truth, _ in pairs(model, rows)]
-    order = np.argsort(ious).tolist()
+    found = tqdm(segmented(model, rows, range(len(rows)), options), "looking", len(rows))
+    order = np.argsort([dice_and_iou(mask, truth)[1] for mask, truth, _ in found]).tolist()
     return order[:count] + order[max(count, len(order) - count) :]
 
 
-def draw_predictions(rows: list[Row], models: dict[str, Segmenter], path: Path) -> None:
+def draw_predictions(
+    rows: list[Row],
+    chosen: list[int],
+    models: dict[str, Segmenter],
+    path: Path,
+    options: argparse.Namespace,
+) -> None:
     """Draw a row an image: the image with its prompt, the truth, the mask of each model."""
     titles = ["image and prompt", "truth", *(Path(name).name for name in models)]
     figure, axes = plt.subplots(
-        len(rows),
+        len(chosen),
         len(titles),
-        figsize=(2.2 * len(titles), 2.2 * len(rows) + 0.4),
+        figsize=(2.2 * len(titles), 2.2 * len(chosen) + 0.4),
         layout="constrained",
         subplot_kw=NO_TICKS,
         squeeze=False,
     )
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=10)
-    found = {name: pairs(model, rows) for name, model in models.items()}
-    for i, (line, row) in enumerate(zip(axes, rows, strict=True)):
-        image = read_image(row.image)
+    found = {name: [*segmented(m, rows, chosen, options)] for name, m in models.items()}
+    for i, (line, row) in enumerate(zip(axes, chosen, strict=True)):
+        image = read_image(rows[row].image)
         height, width = image.shape[:2]
         for axis in line:
             axis.imshow(image)
-        line[0].set_ylabel(row.image.name, fontsize=8)
-        _, truth, box = next(iter(found.values()))[i]
+        line[0].set_ylabel(rows[row].image.name, fontsize=8)
+        _, truth, prompt = next(iter(found.values()))[i]
         frame = next(iter(models.values())).frame
-        scale = frame.boxes(torch.ones(4), height, width)
-        x0, y0, x1, y1 = (box / scale).tolist()
-        line[0].add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, ec=YELLOW, fc="none", lw=2))
+        draw_prompt(line[0], prompt, frame.boxes(torch.ones(4), height, width))
         line[1].contourf(truth, [0.5, 1], colors=ORANGE, alpha=0.55)
         for axis, of_model in zip(line[2:], found.values(), strict=True):
             mask = of_model[i][0]
@@ -114,14 +125,27 @@ def draw_predictions(rows: list[Row], models: dict[str, Segmenter], path: Path) 
     save(figure, path)
 
 
+def draw_prompt(axis: plt.Axes, prompt: Prompts, scale: Tensor) -> None:
+    """Draw a box, or points on the object and crosses beside it; `scale` is input over image."""
+    if prompt.boxes is not None:
+        x0, y0, x1, y1 = (prompt.boxes[0].cpu() / scale).tolist()
+        axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, ec=YELLOW, fc="none", lw=2))
+        return
+    points, on = prompt.points[0].cpu() / scale[:2], prompt.labels[0].cpu() == 1
+    for marker, some in (("o", points[on]), ("X", points[~on])):
+        axis.scatter(*some.T, c=YELLOW, marker=marker, edgecolors="black", s=40)
+
+
 @torch.no_grad()
 def relation_map(distiller: InfoSAMDistiller, model: Segmenter, row: Row) -> Tensor:
     """Return how the mask token relates to each place of an image, shape (h, w)."""
-    batch = collate([MaskedImages([row], model.frame)[0]])
+    batch = collate([MaskedImages([row], model.frame)[0]]).to(DEVICE)
+    model.to(DEVICE)
     with FeatureCollector(model) as collector:
         model(batch.images, Prompts(batch.boxes))
         embedding, tokens = collector.pop()
-    return distiller.relation(embedding, tokens)[0, 0].unflatten(0, embedding.shape[2:])
+    relation = distiller.to(DEVICE).relation(embedding, tokens)[0, 0]
+    return relation.unflatten(0, embedding.shape[2:]).cpu()
 
 
 def draw_relations(run: Path, row: Row, path: Path) -> None:

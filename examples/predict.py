@@ -43,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         student, _ = load_run(arguments.run, arguments.epoch)
         student.to(device)
         folder = arguments.images or arguments.table.parent
+        targets = mask_paths(asked, folder, arguments.output)
         for name, prompts in tqdm(asked.items(), "segmenting"):
-            target = (arguments.output / name).with_suffix("")
-            target.parent.mkdir(parents=True, exist_ok=True)
+            targets[name][0].parent.mkdir(parents=True, exist_ok=True)
             try:
                 image = read_image(folder / name)
             except UNREADABLE as error:
@@ -54,11 +54,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             pixels = student.frame.image(image).to(device)[None]
             with torch.no_grad():
                 levels = student.encode(pixels)
-                for i, prompt in enumerate(scaled(prompts, student.frame, height, width)):
+                each = scaled(prompts, student.frame, height, width)
+                for prompt, path in zip(each, targets[name], strict=True):
                     prompt = Prompts(*(x if x is None else x.to(device) for x in prompt))
                     logits = student.decode(levels, prompt)[0]
                     mask = student.frame.restore(logits, height, width) > 0
-                    path = f"{target}-{i + 1}.png" if i else f"{target}.png"
                     Image.fromarray(mask.cpu().numpy()).convert("L").save(path)
 
 
@@ -79,6 +79,35 @@ def read_prompts(path: Path) -> dict[str, list[list[float]]]:
     except (OSError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     return dict(asked)
+
+
+def mask_paths(
+    asked: dict[str, list[list[float]]], folder: Path, output: Path
+) -> dict[str, list[Path]]:
+    """Return where the masks of each image go: to its path below the folder, with numbers from 2.
+
+    Raises:
+        ValueError: If an image or another mask would be overwritten.
+    """
+    images = {(folder / name).resolve() for name in asked}
+    taken = dict[Path, str]()
+    paths = {}
+    for name, prompts in asked.items():
+        place = (folder / name).resolve()
+        inside = place.is_relative_to(folder.resolve())
+        stem = output / (place.relative_to(folder.resolve()) if inside else place.name)
+        masks = len(prompts) if len(prompts[0]) == len(BOX) else 1
+        paths[name] = [
+            stem.with_name(f"{stem.stem}-{i + 1}.png" if i else f"{stem.stem}.png")
+            for i in range(masks)
+        ]
+        for path in paths[name]:
+            if path.resolve() in images:
+                raise ValueError(f"--output must not hold the images, a mask would replace {path}")
+            if path in taken:
+                raise ValueError(f"{name} and {taken[path]} would both have the mask {path}")
+            taken[path] = name
+    return paths
 
 
 def scaled(prompts: list[list[float]], frame: Frame, height: int, width: int) -> Iterator[Prompts]:

@@ -217,6 +217,16 @@ def test_folders_instead_of_tables(data: Path, tmp_path: Path) -> None:
     importlib.import_module(script).main([*model, *map(str, options)])
     assert len(rows(tmp_path / "run")) == 10 // 4
 
+    # One more pair would move others from training to test.
+    for folder in (tmp_path / "images", tmp_path / "masks"):
+        copy = next(folder.iterdir())
+        (folder / f"new{copy.suffix}").write_bytes(copy.read_bytes() + b"\0")
+    with pytest.raises(SystemExit, match="not those of the run"):
+        importlib.import_module("evaluate").main([str(tmp_path / "run")])
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(SystemExit, match="the same images for training"):
+        importlib.import_module(script).main([*model, *map(str, options), "--resume"])
+
 
 # --- stop and resume -----------------------------------------------------------------------------
 

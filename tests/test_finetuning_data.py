@@ -265,20 +265,19 @@ def pairs(tmp_path: Path, count: int) -> tuple[Path, Path]:
     return images, masks
 
 
-def test_folders_are_split_by_names_and_seed(tmp_path: Path) -> None:
+def test_folders_are_split_by_names(tmp_path: Path) -> None:
     from finetuning.data import read_folders
 
     images, masks = pairs(tmp_path, 47)
     (images / ".hidden").touch()
-    splits = read_folders(images, masks, seed=1)
+    splits = read_folders(images, masks)
     assert [len(splits[split]) for split in ("train", "val", "test")] == [39, 4, 4]
     rows = [row for split in splits.values() for row in split]
     assert {row.image for row in rows} == set(images.glob("*.jpg"))
     assert all(row.image.stem == row.label.stem for row in rows)
-    assert read_folders(images, masks, seed=1) == splits
-    assert read_folders(images, masks, seed=2) != splits
+    assert read_folders(images, masks) == splits
     moved = [folder.rename(tmp_path / f"moved_{folder.name}") for folder in (images, masks)]
-    for split, members in read_folders(*moved, seed=1).items():
+    for split, members in read_folders(*moved).items():
         assert [row.image.name for row in members] == [row.image.name for row in splits[split]]
 
 

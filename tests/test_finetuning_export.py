@@ -73,7 +73,7 @@ def official(family: str, path: Path, method: str) -> torch.nn.Module:
         model = load_adapters(build(), path)
     else:
         model = kind.from_pretrained(path).eval()
-    if kind is Sam2Model:
+    if kind is Sam2Model and adapters:
         model.mask_decoder.dynamic_multimask_via_stability = False
     return model
 
@@ -185,6 +185,32 @@ def test_predict(family: str, trained, tmp_path: Path) -> None:
     write_table(tmp_path / "points.csv", "image,x,y,label", points)
     predict([str(run), str(tmp_path / "points.csv"), "--output", str(tmp_path / "by points")])
     assert [path.name for path in (tmp_path / "by points").rglob("*.png")] == ["wide.png"]
+
+
+def test_masks_replace_nothing(trained, tmp_path: Path) -> None:
+    run = trained("sam", "lora")
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "b.png", "b.jpg"):
+        Image.fromarray(picture(run)).save(tmp_path / "images" / name)
+    before = {path: path.read_bytes() for path in (tmp_path / "images").iterdir()}
+    absolute = str(tmp_path / "images" / "a.png")
+    predict = importlib.import_module("predict").main
+
+    def ask(names: list[str], folder: str, output: str) -> None:
+        write_table(tmp_path / "t.csv", "image,x,y,label", [[name, 99, 99, 1] for name in names])
+        options = ["--images", str(tmp_path / folder), "--output", str(tmp_path / output)]
+        predict([str(run), str(tmp_path / "t.csv"), *options])
+
+    ask([absolute], "images", "absolute")
+    (tmp_path / "elsewhere").mkdir()
+    ask(["../images/a.png"], "elsewhere", "above")
+    for output in ("absolute", "above"):
+        assert [path.name for path in (tmp_path / output).rglob("*.*")] == ["a.png"]
+    with pytest.raises(SystemExit, match="a mask would replace"):
+        ask(["a.png"], "images", "images")
+    with pytest.raises(SystemExit, match=r"b.jpg and b.png would both have the mask"):
+        ask(["b.png", "b.jpg"], "images", "twice")
+    assert {path: path.read_bytes() for path in (tmp_path / "images").iterdir()} == before
 
 
 def test_wrong_runs_and_tables(trained, tmp_path: Path) -> None:

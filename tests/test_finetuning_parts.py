@@ -432,6 +432,33 @@ def test_logits_are_those_of_transformers(family: str, inputs) -> None:
         torch.testing.assert_close(model(images, prompts), output.pred_masks[:, 0, 0])
 
 
+@pytest.mark.parametrize("family", ["sam", "sam2"])
+def test_merged_state_is_official(family: str) -> None:
+    from finetuning.adaptation import adapt
+    from finetuning.trained import merge_lora
+
+    student, official = build(family), build(family).state_dict()
+    adapt(student, "lora", targets=["qkv", "proj"])  # there is a convolution of the latter name
+    merge_lora(student)
+    assert student.state_dict().keys() == official.keys()
+
+
+def test_adapters_are_where_the_model_is() -> None:
+    from finetuning.adaptation import add_adapters
+
+    encoder = build("sam").encoder.to("meta")
+    assert add_adapters(encoder) > 0
+    assert {p.device.type for p in encoder.parameters()} == {"meta"}
+
+
+def test_half_precision_folder_trains_in_float32(tmp_path: Path) -> None:
+    from finetuning import huggingface
+
+    huggingface.tiny_sam().half().save_pretrained(tmp_path)
+    student = huggingface.build(str(tmp_path))
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+
+
 def test_wrong_state_is_refused() -> None:
     from finetuning.adaptation import adapt, load_trainable_state, trainable_state
 

@@ -51,14 +51,18 @@ def add_adapters(encoder: nn.Module) -> int:
         norm = block.norm2 if hasattr(block, "norm2") else block.layer_norm2
         for layer in (block.attn, block.mlp):
             # Inside of the layer and found through it, so that copies of the model keep working.
-            layer.adapter = Adapter(*norm.normalized_shape)
+            layer.adapter = Adapter(*norm.normalized_shape).to(norm.weight.device)
             layer.register_forward_hook(adapted)
     return len(blocks)
 
 
 def add_lora(encoder: nn.Module, rank: int, targets: list[str]) -> int:
-    """Add LoRA with alpha = rank to the layers of that name; return to how many."""
-    found = [name for name, _ in encoder.named_modules() if name.split(".")[-1] in targets]
+    """Add LoRA with alpha = rank to the linear layers of that name; return to how many."""
+    found = [
+        name
+        for name, layer in encoder.named_modules()
+        if name.split(".")[-1] in targets and isinstance(layer, nn.Linear)
+    ]
     if found:
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=found), encoder)
     return len(found)

@@ -81,10 +81,10 @@ def read_tables(folder: Path, test_table: str = "test.csv") -> Splits:
     return splits
 
 
-def read_folders(images: Path, masks: Path, seed: int = 0) -> Splits:
+def read_folders(images: Path, masks: Path) -> Splits:
     """Pair the files of two folders by name and split them 8 : 1 : 1.
 
-    The split depends on the names and the seed alone.
+    The split depends on the names alone.
 
     Raises:
         DataError: If a folder is missing, a file has no partner or two, or there are fewer than 10.
@@ -111,7 +111,7 @@ def read_folders(images: Path, masks: Path, seed: int = 0) -> Splits:
     if problems:
         raise DataError(problems)
 
-    order = np.random.default_rng(seed).permutation(len(both))
+    order = np.random.default_rng(0).permutation(len(both))
     names = [both[i] for i in order]
     tenth = len(both) // 10
     parts = names[2 * tenth :], names[:tenth], names[tenth : 2 * tenth]

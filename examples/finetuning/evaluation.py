@@ -28,14 +28,20 @@ def predictions(
     """
     was_training = model.training
     model.eval()
-    with torch.random.fork_rng():
-        for batch in batches:
-            torch.manual_seed(batch.index[0])  # however the batches are shared out
-            asked = Prompts(batch.boxes) if prompts == "boxes" else draw_points(points, batch)
-            found = zip(batch.index, model(batch.images, asked), batch.truths, strict=True)
-            for index, logits, truth in found:
-                yield index, model.frame.restore(logits, *truth.shape), truth
+    for batch in batches:
+        logits = model(batch.images, fixed_prompts(prompts, points, batch))
+        for index, of_image, truth in zip(batch.index, logits, batch.truths, strict=True):
+            yield index, model.frame.restore(of_image, *truth.shape), truth
     model.train(was_training)
+
+
+def fixed_prompts(kind: str, points: int, batch: Batch) -> Prompts:
+    """Return the true boxes, or so many points, the same for the same batch."""
+    if kind == "boxes":
+        return Prompts(batch.boxes)
+    with torch.random.fork_rng():
+        torch.manual_seed(batch.index[0])  # however the batches are shared out
+        return draw_points(points, batch)
 
 
 def evaluate(

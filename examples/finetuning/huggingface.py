@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -85,6 +86,7 @@ def build(name: str) -> HuggingFaceSAM:
     if isinstance(model, Sam2Model):
         # As in sam2 without postprocessing: never another mask than the first.
         model.mask_decoder.dynamic_multimask_via_stability = False
+        config.mask_decoder_config.dynamic_multimask_via_stability = False  # what is exported
         frame = Frame(config.prompt_encoder_config.image_size, keep_aspect=False)
     else:
         frame = Frame(config.vision_config.image_size, keep_aspect=True)
@@ -105,7 +107,7 @@ def load(folder: Path) -> SamModel | Sam2Model:
         raise ValueError(f"--model must be a SAM or SAM2, got {folder} with a {kind}")
     try:
         model, loading = types[kind].from_pretrained(
-            folder, local_files_only=True, output_loading_info=True
+            folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
         )
     except Exception as error:  # every kind of damage has another type
         first = (str(error).strip() or repr(error)).splitlines()[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -183,12 +185,25 @@ def plain_errors() -> Iterator[None]:
 
 
 def read_splits(options: argparse.Namespace) -> data.Splits:
-    """Return the checked rows of the three splits."""
+    """Return the checked rows of the three splits.
+
+    Raises:
+        ValueError: If there are too few, or the options are of a run with other rows.
+        DataError: If there is something wrong with them.
+    """
     if options.data is not None:
         splits = data.read_tables(options.data, options.test_table)
     else:
-        splits = data.read_folders(options.images, options.masks, options.seed)
+        splits = data.read_folders(options.images, options.masks)
     data.check(splits)
+    names = [[row.image.name, row.label.name] for s in ("train", "val") for row in splits[s]]
+    trained_on = hashlib.sha256(json.dumps(names).encode()).hexdigest()
+    if getattr(options, "trained_on", trained_on) != trained_on:
+        raise ValueError(
+            "the images for training and validation are not those of the run: with others, some it "
+            "has been trained on may be tested"
+        )
+    options.trained_on = trained_on
     if len(splits["train"]) < options.batch_size * options.processes:
         raise ValueError(
             f"--batch-size must be at most the number of training images, {len(splits['train'])}, "
@@ -204,7 +219,7 @@ def open_run(options: argparse.Namespace) -> Path | None:
         ValueError: If the folder holds anything else, a finished run, or one of other options.
     """
     asked = {
-        name: str(value) if isinstance(value, Path) else value
+        name: str(value.absolute()) if isinstance(value, Path) else value
         for name, value in vars(options).items()
         if name not in FREE
     }
@@ -220,6 +235,8 @@ def open_run(options: argparse.Namespace) -> Path | None:
     if (options.output / "result.json").exists():
         raise ValueError(f"{options.output} holds a finished run, see result.json there.")
     before = checkpoint.read_json(path)
+    if before["trained_on"] != asked["trained_on"]:
+        raise ValueError("--resume must go on with the same images for training and validation")
     changed = [name for name in asked.keys() | before.keys() if asked.get(name) != before.get(name)]
     if changed:
         lines = [f"--{n.replace('_', '-')} was {before.get(n)}, is {asked.get(n)}" for n in changed]

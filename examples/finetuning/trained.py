@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from finetuning import checkpoint
@@ -74,7 +74,7 @@ def build(package: str, name: str, weights: Path | None) -> Segmenter:
 def merge_lora(model: nn.Module) -> None:
     """Add LoRA's products to the weights they adapt, and remove its layers."""
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, LoraLinear):
+        if isinstance(layer, LoraLayer):
             layer.merge(safe_merge=True)
             model.set_submodule(name, layer.get_base_layer())
         elif isinstance(layer, HeadLoRA):
