@@ -278,6 +278,9 @@ class InfoSAMDistiller(nn.Module):
 
     def forward(self, teacher: FeaturePair, student: FeaturePair) -> Tensor:
         """The loss, a scalar; see `terms`."""
+        if self.process_group is not None:
+            # The same collectives, should one rank call for all terms and another for the loss.
+            return self.terms(teacher, student).loss
         samples = self._samples(teacher, student)
         (loss, *_), _ = _losses(*samples, **self._options())
         return loss.to(compute_dtype(*samples))

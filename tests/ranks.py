@@ -58,6 +58,7 @@ CASES = {
     for shares in ("one", "two", "ragged")
 } | {
     "a call": Case(through="call"),
+    "terms on the first rank, calls on others": Case(through="either"),
     "functional form": Case(through="infosam_terms"),
     "student alone by distillation": Case(options={"distillation_trains_relation": False}),
     "fixed relation": Case(relation=DotProductRelation),
@@ -166,7 +167,11 @@ def compute(case: Case, world: int, group: Any = None) -> Results:
                 terms = infosam_terms(relation(*teacher), relation(*output), *teacher, **options)
             else:
                 terms = distiller.terms(teacher, output)
-            loss = distiller(teacher, output) if case.through == "call" else terms.loss
+            loss = terms.loss
+            if case.through == "call" or (case.through == "either" and rank != 0):
+                loss = distiller(teacher, output)
+            elif case.through == "either":
+                loss = distiller.terms(teacher, output).loss
             loss.backward()
 
     results = {name: value.detach() for name, value in terms._asdict().items()}

@@ -60,7 +60,7 @@ def test_what_a_rank_sends(results) -> None:
     for sent in (of_rank["traffic"] for of_rank in results):
         forward, backward = sent["forward"], sent["backward"]
         assert forward["all_to_all"] == others * (embedding + 2 * relation + tokens)
-        assert forward["all_reduce"] == 2 * others * halves
+        assert forward["all_reduce"] == 2 * others * (halves + 2 * 8)  # a sum and a count
         assert forward["all_gather"] == (world - 1) * 6 * 8
         assert backward["all_to_all"] == others * (2 * relation + tokens)
         assert backward["all_reduce"] == 2 * others * parameters
