@@ -295,7 +295,8 @@ def _check_samples(x: Tensor, y: Tensor | None) -> torch.dtype:
 
 def inner_products(x: Tensor, y: Tensor | None = None) -> Tensor:
     """As `linear_kernel`, in float64 and without checks."""
-    return x.double() @ (x if y is None else y).double().mT
+    x = x.double()  # once: backward keeps what it is given
+    return x @ (x if y is None else y.double()).mT
 
 
 def _distances(
