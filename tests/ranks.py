@@ -134,7 +134,7 @@ def compute(case: Case, world: int, group: Any = None) -> Results:
     features = student
     if "SAM" in case.student:
         collector = FeatureCollector(student)
-    if "compiled" in case.student:
+    if "compiled" in case.student and group is not None:
         features = torch.compile(features, backend="aot_eager")
     if group is not None:
         features = DistributedDataParallel(features, process_group=group)
