@@ -163,7 +163,8 @@ def _losses(
     _check_samples(samples, at_least=2 if process_group is None else 1)
     alpha = check_alpha(alpha)
     if process_group is not None:
-        samples = slices_over_ranks(samples, process_group)
+        options = alpha, compression_weight, distillation_weight, distillation_trains_relation
+        samples = slices_over_ranks(samples, options, process_group)
         _check_samples(samples, at_least=2)
     grams = torch.stack(
         [
@@ -230,8 +231,12 @@ class InfoSAMDistiller(nn.Module):
         DistributedDataParallel expects them, which averages over the ranks. Those of the relation
         module are averaged here, in every backward pass: do not wrap the distiller. The ranks have
         to make it, call it and pass back together; making it, they take over the parameters of
-        the first. Features of other shapes on one rank are a `ValueError` on all. If a rank
-        dies or stays away, the others raise an error after the timeout of the group at the latest.
+        the first. The loss has to have the same factor on all ranks. Features of other shapes, or
+        other options, on one rank are a `ValueError` on all. If a rank dies or stays away, the
+        others raise an error after the timeout of the group at the latest. Every step the ranks
+        tell each other their numbers of samples; if the group has NCCL alone, the CPU waits for the
+        GPU then, and does not if it has gloo as well, as from `init_process_group()` without an
+        argument.
 
     Example:
         >>> distiller = InfoSAMDistiller(dim=8)

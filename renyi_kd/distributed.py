@@ -11,7 +11,7 @@ back its part of the gradient of :math:`R L`, the sum of what all ranks call the
 """
 
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -21,16 +21,16 @@ from torch.autograd.function import once_differentiable
 from renyi_kd._precision import compute_dtype
 from renyi_kd.gram import in_memory_order, memory_order
 
-# Groups are held weakly everywhere: a process that still holds one when it ends may abort.
-_host_groups: "WeakKeyDictionary[dist.ProcessGroup, ref[dist.ProcessGroup]]" = WeakKeyDictionary()
 
-
-def check_group(process_group: "dist.ProcessGroup | None") -> None:
+def check_group(process_group: object) -> None:
     """Raise unless it is None or a group that this process belongs to."""
-    if process_group is None or isinstance(process_group, dist.ProcessGroup):
+    if process_group is None:
         return
-    if process_group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("`process_group` must be a group that this process belongs to.")
+    if dist.is_available():
+        if isinstance(process_group, dist.ProcessGroup):
+            return
+        if process_group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("`process_group` must be a group that this process belongs to.")
     raise TypeError(
         f"`process_group` must be a torch.distributed.ProcessGroup, such as "
         f"torch.distributed.group.WORLD after init_process_group, or None, "
@@ -38,20 +38,24 @@ def check_group(process_group: "dist.ProcessGroup | None") -> None:
     )
 
 
-def slices_over_ranks(samples: dict[str, Tensor], group: "dist.ProcessGroup") -> dict[str, Tensor]:
+def slices_over_ranks(
+    samples: dict[str, Tensor], options: tuple[float, ...], group: "dist.ProcessGroup"
+) -> dict[str, Tensor]:
     """A slice of the features of the samples of all ranks, another one on each rank.
 
     Args:
         samples: by name, each of shape `(b, ...)`; `b` may differ between ranks, nothing else.
+        options: numbers that must not differ between ranks either.
         group: the ranks.
 
     Returns:
         By name, each of shape `(B, f)`, in the order of the ranks.
 
     Raises:
-        ValueError: on all ranks, if one has samples of another shape or dtype than the others.
+        ValueError: on all ranks, if one has samples of another shape or dtype than the others, or
+            other options.
     """
-    sizes, one_layout = _agree(samples, group)
+    sizes, one_layout = _agree(samples, options, group)
     # By itself the embedding keeps its dtype, and its order if that is the same on all ranks.
     embedding = samples["image_embedding"]
     rows = (in_memory_order(embedding) if one_layout else embedding).flatten(1)
@@ -84,24 +88,40 @@ def averaging_gradients(module: nn.Module, group: "dist.ProcessGroup") -> dict[s
     return dict(zip(trained, _AveragedGradients.apply(group, *trained.values()), strict=True))
 
 
+@torch.no_grad()
 def broadcast(module: nn.Module, group: "dist.ProcessGroup") -> None:
     """Give all ranks the parameters and buffers of the first."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        dist.broadcast(tensor.detach(), group=_host_group(group), group_src=0)
+    # Where the group can send from; the module may still be on the CPU.
+    device = torch.device("cpu" if _sends_from_cpu(group) else "cuda")
+    for tensor in filter(Tensor.numel, (*module.parameters(), *module.buffers())):
+        # As bytes, since no backend sends every dtype and every memory layout.
+        content = tensor.detach().to(device).contiguous().flatten().view(torch.uint8).clone()
+        dist.broadcast(content, group=group, group_src=0)
+        tensor.copy_(content.view(tensor.dtype).view(tensor.shape))
 
 
-def _agree(samples: dict[str, Tensor], group: "dist.ProcessGroup") -> tuple[list[int], bool]:
+def _agree(
+    samples: dict[str, Tensor], options: tuple[float, ...], group: "dist.ProcessGroup"
+) -> tuple[list[int], bool]:
     """Number of samples of each rank, and whether their image embeddings lie alike in memory."""
     embedding = samples["image_embedding"]
     # Of integers and floats alone, these are the same hashes in every process.
     kinds = [hash((*x.shape[1:], torch.finfo(x.dtype).eps)) for x in samples.values()]
-    mine = torch.tensor([len(embedding), hash(tuple(memory_order(embedding))), *kinds])
+    # The CPU needs the sizes now. If the group sends from there, it does not wait for the GPU.
+    mine = torch.tensor(
+        [len(embedding), hash(tuple(memory_order(embedding))), hash(options), *kinds],
+        device="cpu" if _sends_from_cpu(group) else embedding.device,
+    )
     found = mine.new_empty(dist.get_world_size(group) * len(mine))
-    # Not through the GPU, for which the CPU would have to wait: it needs the sizes now.
-    dist.all_gather_into_tensor(found, mine, group=_host_group(group))
-    sizes, layouts, *others = found.view(-1, len(mine)).T.tolist()
+    dist.all_gather_into_tensor(found, mine, group=group)
+    sizes, layouts, asked, *others = found.view(-1, len(mine)).T.tolist()
 
     rank = dist.get_rank(group)
+    if len(set(asked)) > 1:
+        raise ValueError(
+            f"`alpha` and the other options must be the same on all ranks, got {options} on this "
+            f"rank, {rank}."
+        )
     for (name, x), kinds in zip(samples.items(), others, strict=True):
         differing = [str(r) for r, kind in enumerate(kinds) if kind != kinds[rank]]
         if differing:
@@ -113,18 +133,8 @@ def _agree(samples: dict[str, Tensor], group: "dist.ProcessGroup") -> tuple[list
     return sizes, len(set(layouts)) == 1
 
 
-def _host_group(group: "dist.ProcessGroup") -> "dist.ProcessGroup":
-    """A group of the same ranks that sends what lies in the memory of the CPU."""
-    if "cpu:gloo" in dist.get_backend_config(group):
-        return group
-    known = _host_groups.get(group, lambda: None)()
-    if known is None:
-        ranks = dist.get_process_group_ranks(group)
-        made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-        assert isinstance(made, dist.ProcessGroup)  # this process is one of the ranks
-        known = made
-        _host_groups[group] = ref(made)
-    return known
+def _sends_from_cpu(group: "dist.ProcessGroup") -> bool:
+    return "cpu:" in dist.get_backend_config(group)
 
 
 def _exchange(
@@ -148,6 +158,7 @@ class _Exchange(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, widths: list[int], sizes: list[int], group: "dist.ProcessGroup"
     ) -> Tensor:
+        # Weakly: a process that still holds a group when it ends may abort.
         ctx.widths, ctx.sizes, ctx.group = widths, sizes, ref(group)
         width = widths[dist.get_rank(group)]
         sent = torch.cat([piece.flatten() for piece in torch.split(rows, widths, dim=1)])
@@ -198,14 +209,19 @@ class _AveragedGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: "dist.ProcessGroup", *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.group = ref(group)
+        ctx.set_materialize_grads(False)  # a parameter that nothing uses keeps its grad None
         return tuple(p.view_as(p) for p in parameters)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        total = torch.cat([grad.flatten() for grad in grads])
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        used = [grad for grad in grads if grad is not None]
+        if not used:
+            return None, *grads
+        total = torch.cat([grad.flatten() for grad in used])
         dist.all_reduce(total, group=ctx.group())
         total /= dist.get_world_size(ctx.group())
-        means = torch.split(total, [grad.numel() for grad in grads])
-        pairs = zip(means, grads, strict=True)
-        return None, *(mean.view_as(grad).to(grad.dtype) for mean, grad in pairs)
+        means = iter(torch.split(total, [grad.numel() for grad in used]))
+        return None, *(
+            None if grad is None else next(means).view_as(grad).to(grad.dtype) for grad in grads
+        )

@@ -61,6 +61,7 @@ CASES = {
     "terms on the first rank, calls on others": Case(through="either"),
     "functional form": Case(through="infosam_terms"),
     "student alone by distillation": Case(options={"distillation_trains_relation": False}),
+    "odd relation": Case(relation=lambda: Odd()),
     "fixed relation": Case(relation=DotProductRelation),
     "frozen relation": Case(frozen=True),
     "more tokens and pixels": Case(student="more"),
@@ -71,6 +72,22 @@ CASES = {
     "checkpointed SAM": Case(torch.float32, student="checkpointed SAM"),
     "compiled SAM": Case(torch.float32, student="compiled SAM"),
 }
+
+
+class Odd(RelationModule):
+    """Buffers of all kinds, a strided parameter, and one that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__(D)
+        self.query_proj.weight = nn.Parameter(torch.randn(D, 2 * D)[:, ::2])
+        self.unused = nn.Parameter(torch.randn(3))
+        for dtype in (torch.int16, torch.bool, torch.float16):
+            self.register_buffer(str(dtype)[6:], torch.randn(2, 3).to(dtype).T)
+        self.register_buffer("empty", torch.empty(0))
+
+    def forward(self, image_embedding: Tensor, mask_tokens: Tensor) -> Tensor:
+        buffers = self.int16 + self.bool + self.float16
+        return super().forward(image_embedding, mask_tokens) + 1e-3 * buffers.sum()
 
 
 class Pixels(nn.Module):
@@ -178,6 +195,7 @@ def compute(case: Case, world: int, group: Any = None) -> Results:
     for module, whose in ((student, "student"), (distiller, "distiller")):
         for name, parameter in module.named_parameters():
             if parameter.grad is not None:
+                assert "unused" not in name
                 results[f"gradient of {whose}.{name}"] = parameter.grad
     return results
 
@@ -248,6 +266,8 @@ def misfortune(kind: str) -> None:
     if last and kind == "stay-away":
         time.sleep(60)
     teacher = features(7) if last and kind == "differ" else features()
+    if last and kind == "differ-in-alpha":
+        distiller.alpha = 3.0
     try:
         loss = distiller(teacher, student)
         if last and kind == "die-in-backward":
@@ -256,6 +276,7 @@ def misfortune(kind: str) -> None:
     except ValueError as error:
         print(error, flush=True)
         # The group is as good as before.
+        distiller.alpha = 2.0
         distiller(features(), student).backward()
         dist.barrier()
         os._exit(4)

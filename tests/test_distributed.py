@@ -61,7 +61,7 @@ def test_what_a_rank_sends(results) -> None:
         forward, backward = sent["forward"], sent["backward"]
         assert forward["all_to_all"] == others * (embedding + 2 * relation + tokens)
         assert forward["all_reduce"] == 2 * others * (halves + 2 * 8)  # a sum and a count
-        assert forward["all_gather"] == (world - 1) * 6 * 8
+        assert forward["all_gather"] == (world - 1) * 7 * 8
         assert backward["all_to_all"] == others * (2 * relation + tokens)
         assert backward["all_reduce"] == 2 * others * parameters
         grams = sum(forward.values()) + backward["all_to_all"]
@@ -112,15 +112,24 @@ def test_a_lost_rank_is_an_error_on_the_others(kind) -> None:
             process.communicate()
 
 
-def test_other_shapes_on_a_rank_are_an_error_on_all() -> None:
+@pytest.mark.parametrize(
+    ("kind", "complaint"),
+    [
+        ("differ", "`teacher_relation` must have samples of one shape and dtype on all ranks"),
+        ("differ-in-alpha", "`alpha` and the other options must be the same on all ranks"),
+    ],
+)
+def test_what_differs_on_a_rank_is_an_error_on_all(kind, complaint) -> None:
     messages = []
-    for process in start("differ", 3):
+    for process in start(kind, 3):
         stdout, stderr = process.communicate(timeout=60)
         assert process.returncode == 4, stderr
         messages.append(stdout)
     for rank, message in enumerate(messages):
-        assert message.startswith("`teacher_relation` must have samples of one shape and dtype")
-        assert f"on this rank, {rank}, but not on {'0, 1' if rank == 2 else 2}." in message
+        assert message.startswith(complaint)
+        assert f"on this rank, {rank}" in message
+        if kind == "differ":
+            assert f"but not on {'0, 1' if rank == 2 else 2}." in message
 
 
 # One process
