@@ -114,7 +114,7 @@ def _agree(
     )
     found = mine.new_empty(dist.get_world_size(group) * len(mine))
     dist.all_gather_into_tensor(found, mine, group=group)
-    sizes, layouts, asked, *others = found.view(-1, len(mine)).T.tolist()
+    sizes, layouts, asked, *kinds_of_ranks = found.view(-1, len(mine)).T.tolist()
 
     rank = dist.get_rank(group)
     if len(set(asked)) > 1:
@@ -122,8 +122,8 @@ def _agree(
             f"`alpha` and the other options must be the same on all ranks, got {options} on this "
             f"rank, {rank}."
         )
-    for (name, x), kinds in zip(samples.items(), others, strict=True):
-        differing = [str(r) for r, kind in enumerate(kinds) if kind != kinds[rank]]
+    for (name, x), of_ranks in zip(samples.items(), kinds_of_ranks, strict=True):
+        differing = [str(r) for r, kind in enumerate(of_ranks) if kind != of_ranks[rank]]
         if differing:
             raise ValueError(
                 f"`{name}` must have samples of one shape and dtype on all ranks, got "
