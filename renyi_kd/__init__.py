@@ -19,7 +19,9 @@ from renyi_kd.gram import (
     polynomial_kernel,
     rbf_kernel,
 )
+from renyi_kd.lanczos import Lanczos
 from renyi_kd.relation import DotProductRelation, RelationModule
+from renyi_kd.samples import SampleGram
 
 # Triton comes with PyTorch on Linux; without it the PyTorch path serves CUDA too. Whether there is
 # a GPU is not asked: that would initialise CUDA, and children forked later could not.
@@ -34,7 +36,9 @@ __all__ = [
     "Features",
     "InfoSAMDistiller",
     "InfoSAMTerms",
+    "Lanczos",
     "RelationModule",
+    "SampleGram",
     "infosam_terms",
     "laplacian_kernel",
     "linear_kernel",

@@ -3,8 +3,23 @@
 from collections.abc import Iterable
 from itertools import zip_longest
 from numbers import Integral, Real
+from typing import Protocol
 
+import torch
 from torch import Tensor
+
+
+class TensorLike(Protocol):
+    """A tensor, or what stands for one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 def check_floating(name: str, value: object) -> None:
@@ -60,14 +75,14 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
-def check_same_device(**tensors: Tensor) -> None:
+def check_same_device(**tensors: TensorLike) -> None:
     """Raise `ValueError` unless all `tensors` live on one device."""
     if len({tensor.device for tensor in tensors.values()}) > 1:
         found = ", ".join(f"`{name}` on {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(f"All tensors must be on one device, got {found}. Move them with `.to()`.")
 
 
-def check_batch_dimensions(tensors: Iterable[Tensor]) -> None:
+def check_batch_dimensions(tensors: Iterable[TensorLike]) -> None:
     """Raise `ValueError` unless all dimensions but the last two broadcast."""
     shapes = [tuple(tensor.shape) for tensor in tensors]
     for sizes in zip_longest(*(reversed(shape[:-2]) for shape in shapes), fillvalue=1):

@@ -3,10 +3,11 @@
 from functools import reduce
 
 import torch
-from torch import Tensor
+
+from renyi_kd._checks import TensorLike
 
 
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
+def compute_dtype(*tensors: TensorLike) -> torch.dtype:
     """The dtype of a result: the promotion of the arguments' dtypes, at least float32."""
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
 

@@ -48,7 +48,7 @@ def linear_kernel(x: Tensor, y: Tensor | None = None) -> Tensor:
         tensor([[1., 1.],
                 [1., 5.]])
     """
-    dtype = _check_samples(x, y)
+    dtype = check_samples(x, y)
     return inner_products(x, y).to(dtype)
 
 
@@ -76,7 +76,7 @@ def polynomial_kernel(
         tensor([[ 4.,  9.],
                 [ 9., 25.]])
     """
-    dtype = _check_samples(x, y)
+    dtype = check_samples(x, y)
     degree = check_integer("degree", degree, minimum=1)
     offset = check_real("offset", offset, minimum=0)
     return ((inner_products(x, y) + offset) ** degree).to(dtype)
@@ -103,7 +103,7 @@ def rbf_kernel(x: Tensor, y: Tensor | None = None, *, bandwidth: float | None = 
         tensor([[1.0000, 0.6065],
                 [0.6065, 1.0000]])
     """
-    dtype = _check_samples(x, y)
+    dtype = check_samples(x, y)
     distances, sigma = _distances(x, y, p=2.0, bandwidth=bandwidth)
     return (-(distances / sigma).square() / 2).exp().to(dtype)
 
@@ -131,7 +131,7 @@ def laplacian_kernel(
         tensor([[1.0000, 0.3679],
                 [0.3679, 1.0000]])
     """
-    dtype = _check_samples(x, y)
+    dtype = check_samples(x, y)
     distances, sigma = _distances(x, y, p=1.0, bandwidth=bandwidth)
     return (-distances / sigma).exp().to(dtype)
 
@@ -273,7 +273,8 @@ def _dense_in_memory_order(samples: Tensor) -> Tensor:
     return dense.permute(0, *(1 + axes.index(axis) for axis in range(1, samples.ndim)))
 
 
-def _check_samples(x: Tensor, y: Tensor | None) -> torch.dtype:
+def check_samples(x: Tensor, y: Tensor | None = None) -> torch.dtype:
+    """The dtype of a kernel's result, unless `x` and `y` are no samples that fit."""
     for name, samples in (("x", x),) if y is None else (("x", x), ("y", y)):
         check_floating(name, samples)
         if samples.ndim < 2 or 0 in samples.shape[-2:]:
@@ -299,19 +300,27 @@ def inner_products(x: Tensor, y: Tensor | None = None) -> Tensor:
     return x @ (x if y is None else y.double()).mT
 
 
+def median_distance(x: Tensor, p: float) -> Tensor:
+    """The default bandwidth: the median over the pairs of `x`, detached, shape `(..., 1, 1)`."""
+    x = x.detach().double()
+    return _median_over_pairs(_distance(x, x, p))
+
+
 def _distances(
     x: Tensor, y: Tensor | None, *, p: float, bandwidth: float | None
 ) -> tuple[Tensor, Tensor | float]:
-    def distance(a: Tensor, b: Tensor) -> Tensor:
-        # |a|^2 + |b|^2 - 2ab would lose the digits of near-duplicate samples.
-        return torch.cdist(a, b, p=p, compute_mode="donot_use_mm_for_euclid_dist")
-
-    x = x.double()
-    distances = distance(x, x if y is None else y.double())
+    double = x.double()
+    distances = _distance(double, double if y is None else y.double(), p)
     if bandwidth is not None:
         return distances, check_real("bandwidth", bandwidth, minimum=0, exclusive=True)
-    among_x = distances if y is None else distance(x, x)
-    return distances, _median_over_pairs(among_x.detach())
+    return distances, median_distance(x, p) if y is not None else _median_over_pairs(
+        distances.detach()
+    )
+
+
+def _distance(a: Tensor, b: Tensor, p: float) -> Tensor:
+    # |a|^2 + |b|^2 - 2ab would lose the digits of near-duplicate samples.
+    return torch.cdist(a, b, p=p, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _median_over_pairs(distances: Tensor) -> Tensor:

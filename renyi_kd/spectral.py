@@ -7,36 +7,18 @@ A^\alpha`: the Frobenius norm, matrix powers, and eigenvalues.
 """
 
 import math
-from itertools import pairwise
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from renyi_kd._checks import check_choice
+from renyi_kd.powers import MAX_POWER, trace_of_power
 
-Method: TypeAlias = Literal["frobenius", "power", "eigvalsh"]
-
-# Beyond it n^(1 - alpha) nears the end of float64's range, and eigenvalues cost no more.
-MAX_POWER = 32
+Method: TypeAlias = Literal["frobenius", "power", "eigvalsh", "lanczos"]
 
 # Up to it the eigenvalues of a stack can take one launch on CUDA, for which nothing waits.
 SMALL = 32
-
-
-def _shortest_addition_chains(limit: int) -> dict[int, tuple[int, ...]]:
-    """For each number 2..limit a shortest chain from 1 to it by steps from the chain itself."""
-    found: dict[int, tuple[int, ...]] = {}
-    chains: list[tuple[int, ...]] = [(1,)]
-    while len(found) < limit - 1:
-        chains = [(*chain, chain[-1] + step) for chain in chains for step in chain]
-        chains = [chain for chain in chains if chain[-1] <= limit]
-        for chain in chains:
-            found.setdefault(chain[-1], chain)
-    return found
-
-
-_ADDITION_CHAINS = _shortest_addition_chains(MAX_POWER)
 
 
 def choose_method(alpha: float, method: Method | None) -> Method:
@@ -77,19 +59,16 @@ def spectral_entropy(matrix: Tensor, alpha: float, method: Method, *, epsilon: f
     """
     if method == "eigvalsh":
         return _entropy_from_eigenvalues(matrix, alpha, epsilon)
-    return _trace_of_power(matrix, int(alpha)).log2() / (1 - alpha)
+    return trace_of_power(matrix, int(alpha)).log2() / (1 - alpha)
 
 
-def _trace_of_power(matrix: Tensor, exponent: int) -> Tensor:
-    """Trace of an integer power of symmetric matrices; Eq. 22 where `exponent` is 2."""
-    *chain, _ = _ADDITION_CHAINS[exponent]
-    powers = {1: matrix}
-    for previous, current in pairwise(chain):
-        powers[current] = powers[previous] @ powers[current - previous]
-    # tr(XY) of symmetric X and Y is their inner product: the last product is never formed.
-    left, right = powers[chain[-1]], powers[exponent - chain[-1]]
-    trace: Tensor = torch.linalg.vecdot(left.flatten(-2), right.flatten(-2))
-    return trace
+def trace_one(gram: Tensor) -> Tensor:
+    """Symmetrised, of trace one, float64. A zero matrix becomes the limit of adding a constant."""
+    gram = gram.double()
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
+    zero = (gram == 0).all(dim=-1).all(dim=-1)[..., None, None]
+    symmetric = (gram + gram.mT) / (2 * torch.where(zero, 1.0, trace))
+    return torch.where(zero, 1 / gram.shape[-1], symmetric)
 
 
 def _entropy_from_eigenvalues(matrix: Tensor, alpha: float, epsilon: float) -> Tensor:

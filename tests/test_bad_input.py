@@ -100,7 +100,7 @@ def test_relations_of_one_sample() -> None:
         (
             lambda g: renyi_kd.renyi_entropy(g, method="svd"),
             ValueError,
-            "one of 'frobenius', 'power', 'eigvalsh', got 'svd'",
+            "one of 'frobenius', 'power', 'eigvalsh', 'lanczos', got 'svd'",
         ),
         (lambda g: renyi_kd.renyi_entropy(g, 3, method="frobenius"), ValueError, "alpha = 2"),
         (lambda g: renyi_kd.renyi_entropy(g, 1.5, method="power"), ValueError, "integer alpha"),

@@ -1,0 +1,172 @@
+r"""Order 2 by the Frobenius norms of large Hadamard products, one tile after the other.
+
+.. math:: S_2(K_1, \dots, K_k) = -\log_2 \frac{\lVert K_1 \circ \dots \circ K_k \rVert_F^2}
+    {(\operatorname{tr} K_1 \circ \dots \circ K_k)^2}
+
+Tiles above the diagonal stand for those below it too, and each is read once for all the entropies
+that are asked for. Nothing of the size of a matrix is written but the gradients.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from operator import add, mul
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Subset: TypeAlias = tuple[int, ...]
+
+# Small enough for a core's cache in float64, with a few products.
+_TILE = 256
+
+
+def entropies_by_tiles(grams: Sequence[Tensor], subsets: Sequence[Subset]) -> Tensor:
+    """Entropies of order 2 of large Gram matrices and of their joints.
+
+    Args:
+        grams: positive semi-definite, all of one shape `(..., n, n)`. Symmetric parts are taken.
+        subsets: for each entropy the indices of the matrices whose joint it is of.
+
+    Returns:
+        Entropies in bits, float64, shape `(len(subsets), ...)`. They have second derivatives.
+    """
+    norms, traces = _HadamardNorms.apply(subsets, *grams)
+    return entropies_from_norms(norms, traces)
+
+
+def entropies_from_norms(squared_norms: Tensor, traces: Tensor) -> Tensor:
+    r""":math:`-\log_2 (\lVert K \rVert_F^2 / (\operatorname{tr} K)^2)`, 0 for a zero matrix."""
+    zero = (squared_norms == 0) & (traces == 0)
+    ratio = torch.where(zero, 1.0, squared_norms) / torch.where(zero, 1.0, traces).square()
+    return -ratio.log2()
+
+
+def joint(values: Sequence[Tensor], subset: Iterable[int]) -> Tensor:
+    """Hadamard product of the named ones."""
+    return reduce(mul, (values[v] for v in subset))
+
+
+def squared_norms(tiles: Sequence[Tensor], subsets: Sequence[Subset]) -> Tensor:
+    """Squared Frobenius norm of each joint of `tiles`, shape `(len(subsets), ...)`."""
+    products = [joint(tiles, subset).flatten(-2) for subset in subsets]
+    return torch.stack([torch.linalg.vecdot(product, product) for product in products])
+
+
+def norm_gradients(
+    tiles: Sequence[Tensor], subsets: Sequence[Subset], of_norms: Tensor, wanted: Iterable[int]
+) -> dict[int, Tensor]:
+    """Gradients of the tiles that are `wanted`, from those of their `squared_norms`."""
+    squares = [tile.square() for tile in tiles] if len(tiles) > 1 else tiles
+    of_squares = of_norms[..., None, None]
+    return {v: _derivative(v, squares, subsets, 2 * of_squares) * tiles[v] for v in wanted}
+
+
+def tiles_of_triangle(n: int, tile: int) -> list[tuple[slice, slice]]:
+    """The tiles on and above the diagonal, as slices of rows and columns."""
+    starts = range(0, n, tile)
+    return [(slice(i, i + tile), slice(j, j + tile)) for i in starts for j in starts if i <= j]
+
+
+class _HadamardNorms(torch.autograd.Function):
+    """Squared Frobenius norms and traces of the joints of scaled matrices."""
+
+    @staticmethod
+    def forward(ctx: Any, subsets: Sequence[Subset], *grams: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.subsets = subsets
+        ctx.save_for_backward(*grams)
+        return _norms_and_traces(grams, subsets, _TILE)
+
+    @staticmethod
+    def backward(ctx: Any, *of_results: Tensor) -> tuple[Tensor | None, ...]:
+        grams, subsets = ctx.saved_tensors, ctx.subsets
+        wanted = [v for v, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
+        if torch.is_grad_enabled():  # for a second derivative
+            results = _norms_and_traces(grams, subsets, grams[0].shape[-1])
+            found = torch.autograd.grad(
+                results, [grams[v] for v in wanted], of_results, create_graph=True
+            )
+            gradients = dict(zip(wanted, found, strict=True))
+        else:
+            gradients = _gradients(grams, subsets, wanted, *of_results)
+        return None, *(gradients.get(v) for v in range(len(grams)))
+
+
+def _norms_and_traces(
+    grams: Sequence[Tensor], subsets: Sequence[Subset], tile: int
+) -> tuple[Tensor, Tensor]:
+    scaling = _scaling(grams)
+    diagonals = _diagonals(grams, scaling)
+    traces = torch.stack([joint(diagonals, subset).sum(dim=-1) for subset in subsets])
+    norms = [
+        (1 if i == j else 2) * squared_norms(_tiles(grams, scaling, i, j), subsets)
+        for i, j in tiles_of_triangle(grams[0].shape[-1], tile)
+    ]
+    return reduce(add, norms), traces
+
+
+def _gradients(
+    grams: Sequence[Tensor],
+    subsets: Sequence[Subset],
+    wanted: Sequence[int],
+    of_norms: Tensor,
+    of_traces: Tensor,
+) -> dict[int, Tensor]:
+    scaling = _scaling(grams)
+    gradients = {v: torch.empty_like(grams[v]) for v in wanted}
+    for i, j in tiles_of_triangle(grams[0].shape[-1], _TILE):
+        tiles = _tiles(grams, scaling, i, j)
+        of_tiles = norm_gradients(tiles, subsets, of_norms, wanted)
+        for v, gradient in gradients.items():
+            of_tile = of_tiles[v] * scaling[v][0]
+            gradient[..., i, j] = of_tile
+            gradient[..., j, i] = of_tile.mT
+    diagonals = _diagonals(grams, scaling)
+    for v, gradient in gradients.items():
+        of_diagonal = _derivative(v, diagonals, subsets, of_traces[..., None])
+        gradient.diagonal(dim1=-2, dim2=-1).add_(scaling[v][0].squeeze(-1) * of_diagonal)
+    return gradients
+
+
+def _derivative(
+    v: int, factors: Sequence[Tensor], subsets: Sequence[Subset], of_products: Tensor
+) -> Tensor:
+    """Gradient of factor `v` of the products over `subsets`, from the gradients of the products."""
+    terms: list[Tensor] = [
+        reduce(mul, (factors[u] for u in subset if u != v), of_product)
+        for of_product, subset in zip(of_products, subsets, strict=True)
+        if v in subset
+    ]
+    return reduce(add, terms)
+
+
+def _scaling(grams: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """A factor that makes the trace n, so that no product leaves the range of float64, and a shift.
+
+    A zero matrix becomes all ones, the limit of adding a constant.
+    """
+    traces = [gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1, dtype=torch.float64) for gram in grams]
+    zeros = [trace[..., None, None] == 0 for trace in traces]
+    return [
+        (gram.shape[-1] / torch.where(zero, 1.0, trace[..., None, None]), zero.double())
+        for gram, trace, zero in zip(grams, traces, zeros, strict=True)
+    ]
+
+
+def _diagonals(grams: Sequence[Tensor], scaling: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    return [
+        gram.diagonal(dim1=-2, dim2=-1).double() * scale.squeeze(-1) + shift.squeeze(-1)
+        for gram, (scale, shift) in zip(grams, scaling, strict=True)
+    ]
+
+
+def _tiles(
+    grams: Sequence[Tensor], scaling: Sequence[tuple[Tensor, Tensor]], i: slice, j: slice
+) -> list[Tensor]:
+    """Tiles of the symmetric parts, scaled and shifted, float64."""
+    tiles = [(gram[..., i, j] + gram[..., j, i].mT).double() for gram in grams]
+    for tile, (scale, shift) in zip(tiles, scaling, strict=True):
+        tile *= scale / 2
+        if len(tiles) > 1:
+            tile += shift
+    return tiles
