@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 from renyi_kd._precision import compute_dtype, ieee_dtype
 from renyi_kd.frobenius import joint
 from renyi_kd.lanczos import Lanczos, PowerTrace, power_trace
-from renyi_kd.powers import inner_product
 from renyi_kd.samples import SampleGram
 from renyi_kd.streaming import Progress, assemble, each_tile, pull_back
 
@@ -45,7 +44,8 @@ class _OfMatrix(torch.autograd.Function):
         matrix = gram.to(dtype)
         trace = matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1, dtype=torch.float64)
         scale = _reciprocal(trace)
-        squared_norm = inner_product(matrix, matrix) * scale.square()
+        rows = torch.linalg.vector_norm(matrix, dim=-1).double()
+        squared_norm = rows.square().sum(dim=-1) * scale.square()
 
         def product(vectors: Tensor) -> Tensor:
             return (matrix @ vectors) * scale.to(dtype)[..., None, None]

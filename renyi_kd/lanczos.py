@@ -30,7 +30,7 @@ class Lanczos:
 
     Args:
         rank: vectors of the range finder. Default: 16, and 64 below alpha 2.
-        probes: random vectors of its complement, at least 2. Default: 16, and 32 below alpha 2.
+        probes: random vectors of its complement, at least 2. Default: 8, and 32 below alpha 2.
         generator: of the random vectors, on the device of the matrices. Default: that of PyTorch.
 
     Raises:
@@ -69,7 +69,7 @@ class Lanczos:
                 f"Use 'eigvalsh'."
             )
         rank = self.rank or (16 if alpha >= 2 else 64)
-        probes = self.probes or (16 if alpha >= 2 else 32)
+        probes = self.probes or (8 if alpha >= 2 else 32)
         if rank + probes >= n:
             raise ValueError(
                 f"`method` 'lanczos' needs n > rank + probes, got n = {n} and {rank} + {probes}. "

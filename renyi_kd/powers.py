@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from renyi_kd.frobenius import tiles_of_triangle
+
 # Beyond it n^(1 - alpha) nears the end of float64's range, and eigenvalues cost no more.
 MAX_POWER = 32
 
 # From this n on the upper triangle of a product of powers, strip by strip, is the cheaper half.
 _TRIANGLE = 512
 _STRIPS = 8
-_ROWS = 64
+_TILE, _ROWS = 256, 64
 
 
 def _shortest_addition_chains(limit: int) -> dict[int, tuple[int, ...]]:
@@ -104,6 +106,18 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return product
 
 
+def _symmetric(gram: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Its sum with its transpose, scaled: by tiles, of which both stay in the cache."""
+    if torch.is_grad_enabled() and gram.requires_grad:
+        return (gram + gram.mT).to(dtype) * scale.to(dtype)
+    symmetric = torch.empty_like(gram, dtype=dtype)
+    for i, j in tiles_of_triangle(gram.shape[-1], _TILE):
+        tile = (gram[..., i, j] + gram[..., j, i].mT).to(dtype) * scale.to(dtype)
+        symmetric[..., i, j] = tile
+        symmetric[..., j, i] = tile.mT
+    return symmetric
+
+
 def inner_product(left: Tensor, right: Tensor) -> Tensor:
     """Sum of the products of the entries, float64, in blocks that stay in the cache."""
     height = left.shape[-2] if left.dtype == torch.float64 else _ROWS
@@ -139,8 +153,7 @@ def _entropy_and_slopes(
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1, dtype=torch.float64)
     # Of trace sqrt(n) neither the powers of a flat spectrum nor those of a spike leave float32.
     scale = root / torch.where(trace == 0, 1.0, trace)
-    matrix = (gram + gram.mT).to(dtype)
-    matrix *= (scale / 2)[..., None, None]
+    matrix = _symmetric(gram, (scale / 2)[..., None, None], dtype)
     power = _power(matrix, exponent - 1)
     total = inner_product(power, matrix)
     zero = (trace == 0) & (total == 0)

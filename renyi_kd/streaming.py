@@ -111,7 +111,7 @@ def pull_back(
     wanted = [v for v in range(len(matrices)) if any(needed[2 * v : 2 * v + 2])]
     for i, j in _tiles(matrices, progress):
         leaves = [
-            end[..., slice_, :].detach().requires_grad_(need)
+            end[..., slice_, :].detach().clone().requires_grad_(need)
             for end, slice_, need in zip(ends, [i, j] * len(matrices), needed, strict=True)
         ]
         with torch.enable_grad():
