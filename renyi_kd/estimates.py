@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from renyi_kd._autograd import first_derivative_only
 from renyi_kd._precision import compute_dtype, ieee_dtype
 from renyi_kd.frobenius import joint
 from renyi_kd.lanczos import Lanczos, PowerTrace, power_trace
@@ -59,8 +59,8 @@ class _OfMatrix(torch.autograd.Function):
         return bits, error
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    @first_derivative_only
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gram, scale, *factors = ctx.saved_tensors
         estimate = PowerTrace(*factors)
         of_power, of_trace = _slopes(grad, estimate, ctx.alpha, scale)
@@ -108,7 +108,7 @@ class _OfSamples(torch.autograd.Function):
         return bits, error
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         count = len(PowerTrace._fields)
         scale, *saved = ctx.saved_tensors

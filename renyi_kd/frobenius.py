@@ -71,11 +71,16 @@ def tiles_of_triangle(n: int, tile: int) -> list[tuple[slice, slice]]:
 class _HadamardNorms(torch.autograd.Function):
     """Squared Frobenius norms and traces of the joints of scaled matrices."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, subsets: Sequence[Subset], *grams: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.subsets = subsets
-        ctx.save_for_backward(*grams)
+    def forward(subsets: Sequence[Subset], *grams: Tensor) -> tuple[Tensor, Tensor]:
         return _norms_and_traces(grams, subsets, _TILE)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.subsets, *grams = inputs
+        ctx.save_for_backward(*grams)
 
     @staticmethod
     def backward(ctx: Any, *of_results: Tensor) -> tuple[Tensor | None, ...]:
@@ -141,21 +146,24 @@ def _derivative(
 
 
 def _scaling(grams: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """A factor that makes the trace n, so that no product leaves the range of float64, and a shift.
+    """For each matrix a factor and a shift, constants whose choice no entropy depends on.
 
-    A zero matrix becomes all ones, the limit of adding a constant.
+    The factor makes the trace n, so that no product leaves the range of float64. The shift makes a
+    zero matrix all ones, the limit of adding a constant.
     """
-    traces = [gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1, dtype=torch.float64) for gram in grams]
-    zeros = [trace[..., None, None] == 0 for trace in traces]
-    return [
-        (gram.shape[-1] / torch.where(zero, 1.0, trace[..., None, None]), zero.double())
-        for gram, trace, zero in zip(grams, traces, zeros, strict=True)
-    ]
+    scaling = []
+    for gram in grams:
+        trace = gram.detach().diagonal(dim1=-2, dim2=-1).sum(dim=-1, dtype=torch.float64)
+        zero = trace[..., None, None] == 0
+        scaling.append(
+            (gram.shape[-1] / torch.where(zero, 1.0, trace[..., None, None]), zero.double())
+        )
+    return scaling
 
 
 def _diagonals(grams: Sequence[Tensor], scaling: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     return [
-        gram.diagonal(dim1=-2, dim2=-1).double() * scale.squeeze(-1) + shift.squeeze(-1)
+        _scaled(gram.diagonal(dim1=-2, dim2=-1).double(), scale[..., 0], shift[..., 0], len(grams))
         for gram, (scale, shift) in zip(grams, scaling, strict=True)
     ]
 
@@ -164,9 +172,12 @@ def _tiles(
     grams: Sequence[Tensor], scaling: Sequence[tuple[Tensor, Tensor]], i: slice, j: slice
 ) -> list[Tensor]:
     """Tiles of the symmetric parts, scaled and shifted, float64."""
-    tiles = [(gram[..., i, j] + gram[..., j, i].mT).double() for gram in grams]
-    for tile, (scale, shift) in zip(tiles, scaling, strict=True):
-        tile *= scale / 2
-        if len(tiles) > 1:
-            tile += shift
-    return tiles
+    return [
+        _scaled((gram[..., i, j] + gram[..., j, i].mT).double(), scale / 2, shift, len(grams))
+        for gram, (scale, shift) in zip(grams, scaling, strict=True)
+    ]
+
+
+def _scaled(entries: Tensor, scale: Tensor, shift: Tensor, count: int) -> Tensor:
+    # By itself a zero matrix needs no shift, and no pass over the entries for it.
+    return entries * scale + shift if count > 1 else entries * scale

@@ -50,7 +50,7 @@ def trace_of_power(matrix: Tensor, exponent: int) -> Tensor:
     Returns:
         The trace, shape `(...)`. It has a second derivative.
     """
-    if torch.is_grad_enabled() and matrix.requires_grad:
+    if exponent > 2 and torch.is_grad_enabled() and matrix.requires_grad:
         trace: Tensor = _TraceOfPower.apply(matrix, exponent)[0]
         return trace
     *chain, _ = _ADDITION_CHAINS[exponent]

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from renyi_kd._autograd import first_derivative_only
 from renyi_kd.frobenius import (
     Subset,
     entropies_from_norms,
@@ -65,7 +65,7 @@ class _StreamedNorms(torch.autograd.Function):
         return norms
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, of_norms: Tensor) -> tuple[Tensor | None, ...]:
         def of_entries(entries: list[Tensor], i: slice, j: slice, v: list[int]) -> list[Tensor]:
             weighted = of_norms if i == j else 2 * of_norms
