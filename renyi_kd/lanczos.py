@@ -32,6 +32,7 @@ class Lanczos:
         rank: vectors of the range finder. Default: 16, and 64 below alpha 2.
         probes: random vectors of its complement, at least 2. Default: 8, and 32 below alpha 2.
         generator: of the random vectors, on the device of the matrices. Default: that of PyTorch.
+            Do not seed it as the data were: vectors drawn like the samples are not independent.
 
     Raises:
         TypeError, ValueError: a number that is no integer or too small.
@@ -168,7 +169,10 @@ def power_trace(
     value = value + bend * (known_second - rest * second.mean(dim=-1))
     residual = of_probes - slope.unsqueeze(-1) * first - bend.unsqueeze(-1) * second
     of_rounding = rounding * alpha * (ritz.clamp(min=0) ** alpha).sum(dim=-1)
-    errors = [to_error * residual.std(dim=-1), slope * rounding, bend * doubt, of_rounding]
+    # A standard deviation from few probes, less two fits, is as uncertain as Student's t says.
+    freedom = max(3, probes - 3)
+    deviation = to_error * residual.std(dim=-1) * math.sqrt(freedom / (freedom - 2))
+    errors = [deviation, slope * rounding, bend * doubt, of_rounding]
     error = torch.linalg.vector_norm(torch.stack(errors), dim=0) + bias
     # No trace of a power is below that of its largest Ritz value.
     value = value.maximum(ritz.amax(dim=-1).clamp(min=0) ** alpha)

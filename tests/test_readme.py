@@ -36,7 +36,7 @@ def test_python_blocks_run(monkeypatch) -> None:
             torch.distributed.destroy_process_group()
         elif "optimizer" in block:
             of_training = dict(namespace)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     assert namespace["loss"].isfinite()
     student, distiller = of_training["student"], of_training["distiller"]
     adapters = [p for name, p in student.named_parameters() if "lora_B" in name]
@@ -46,3 +46,4 @@ def test_python_blocks_run(monkeypatch) -> None:
     torch.testing.assert_close(namespace["teacher"].state_dict(), untouched.state_dict())
     assert namespace["figures"]["relation_cosine"] < 1
     assert 0 < namespace["bits"] < 7
+    assert namespace["error"] < 0.1
