@@ -98,8 +98,8 @@ def renyi_entropy(
         errors average out to some 1e-9 bits, and to 1e-6 of nearly equal entries.
 
         The gradient of an estimate is an estimate too, and biased: where the spectrum decays fast
-        it is good to a per cent or better, at alpha 1.5 and on slow decays to some 20 per cent of
-        its norm.
+        it is good to a per cent or better; on slow decays it is 10 to 40 per cent of its norm off,
+        at alpha 6 up to 70. A larger `rank` helps.
 
     References:
         L. G. Sánchez Giraldo, M. Rao, J. C. Príncipe, Measures of entropy from data using
@@ -376,6 +376,10 @@ def _combine(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sum of the joint entropies of subsets of `grams`, each times its sign."""
     alpha = check_alpha(alpha)
+    if progress is not None and not callable(progress):
+        raise TypeError(
+            f"`progress` must be callable, such as tqdm.tqdm, got {type(progress).__name__}."
+        )
     if return_error and not (method == "lanczos" or isinstance(method, Lanczos)):
         raise ValueError(
             f"`return_error` needs `method` 'lanczos', got {method!r}: other methods are exact."

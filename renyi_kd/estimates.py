@@ -30,7 +30,7 @@ def estimated_entropy_of_samples(
     """As `estimated_entropy`, of the joint of kernels of samples, all of one shape."""
     tiles = [gram.tiles() for gram in grams]
     ends = [end for x in tiles for end in (x.rows, x.columns)]
-    trace = joint([gram.diagonal() for gram in grams], range(len(grams))).sum(dim=-1)
+    trace = joint([x.diagonal for x in tiles], range(len(grams))).sum(dim=-1)
     bits, error = _OfSamples.apply(
         alpha, options, [x.evaluate for x in tiles], progress, trace, *ends
     )
@@ -44,8 +44,8 @@ class _OfMatrix(torch.autograd.Function):
         matrix = gram.to(dtype)
         trace = matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1, dtype=torch.float64)
         scale = _reciprocal(trace)
-        rows = torch.linalg.vector_norm(matrix, dim=-1).double()
-        squared_norm = rows.square().sum(dim=-1) * scale.square()
+        rows = torch.linalg.vector_norm(matrix, dim=-1, dtype=torch.float64)
+        squared_norm = (rows * scale[..., None]).square().sum(dim=-1)
 
         def product(vectors: Tensor) -> Tensor:
             return (matrix @ vectors) * scale.to(dtype)[..., None, None]
@@ -97,7 +97,7 @@ class _OfSamples(torch.autograd.Function):
                 if i != j:
                     image[..., j, :] += tile.mT @ vectors[..., i, :]
                 norm += (1 if i == j else 2) * tile.square().sum(dim=(-2, -1))
-            squared_norm.copy_(norm * scale.square())
+            squared_norm.copy_(norm * scale * scale)
             return image * scale[..., None, None]
 
         estimate = power_trace(product, squared_norm, alpha, ends[0], options)

@@ -84,16 +84,12 @@ class _HadamardNorms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *of_results: Tensor) -> tuple[Tensor | None, ...]:
-        grams, subsets = ctx.saved_tensors, ctx.subsets
+        grams = ctx.saved_tensors
         wanted = [v for v, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
         if torch.is_grad_enabled():  # for a second derivative
-            results = _norms_and_traces(grams, subsets, grams[0].shape[-1])
-            found = torch.autograd.grad(
-                results, [grams[v] for v in wanted], of_results, create_graph=True
-            )
-            gradients = dict(zip(wanted, found, strict=True))
+            gradients = _gradients_at_once(grams, ctx.subsets, wanted, *of_results)
         else:
-            gradients = _gradients(grams, subsets, wanted, *of_results)
+            gradients = _gradients(grams, ctx.subsets, wanted, *of_results)
         return None, *(gradients.get(v) for v in range(len(grams)))
 
 
@@ -130,6 +126,27 @@ def _gradients(
     for v, gradient in gradients.items():
         of_diagonal = _derivative(v, diagonals, subsets, of_traces[..., None])
         gradient.diagonal(dim1=-2, dim2=-1).add_(scaling[v][0].squeeze(-1) * of_diagonal)
+    return gradients
+
+
+def _gradients_at_once(
+    grams: Sequence[Tensor],
+    subsets: Sequence[Subset],
+    wanted: Sequence[int],
+    of_norms: Tensor,
+    of_traces: Tensor,
+) -> dict[int, Tensor]:
+    """As `_gradients`, by operators that can be differentiated and mapped over."""
+    scaling = _scaling(grams)
+    matrices = _tiles(grams, scaling, slice(None), slice(None))
+    of_matrices = norm_gradients(matrices, subsets, of_norms, wanted)
+    diagonals = _diagonals(grams, scaling)
+    gradients = {}
+    for v in wanted:
+        of_diagonal = _derivative(v, diagonals, subsets, of_traces[..., None])
+        of_diagonal = torch.diag_embed(of_diagonal.expand_as(diagonals[v]))
+        gradient = (of_matrices[v] + of_diagonal) * scaling[v][0]
+        gradients[v] = gradient.to(grams[v].dtype)
     return gradients
 
 

@@ -303,14 +303,14 @@ def inner_products(x: Tensor, y: Tensor | None = None) -> Tensor:
 def median_distance(x: Tensor, p: float) -> Tensor:
     """The default bandwidth: the median over the pairs of `x`, detached, shape `(..., 1, 1)`."""
     x = x.detach().double()
-    return _median_over_pairs(_distance(x, x, p))
+    return _median_over_pairs(distance(x, x, p))
 
 
 def _distances(
     x: Tensor, y: Tensor | None, *, p: float, bandwidth: float | None
 ) -> tuple[Tensor, Tensor | float]:
     double = x.double()
-    distances = _distance(double, double if y is None else y.double(), p)
+    distances = distance(double, double if y is None else y.double(), p)
     if bandwidth is not None:
         return distances, check_real("bandwidth", bandwidth, minimum=0, exclusive=True)
     return distances, median_distance(x, p) if y is not None else _median_over_pairs(
@@ -318,7 +318,8 @@ def _distances(
     )
 
 
-def _distance(a: Tensor, b: Tensor, p: float) -> Tensor:
+def distance(a: Tensor, b: Tensor, p: float) -> Tensor:
+    """Distances in the norm of order `p`, shape `(..., n, m)`."""
     # |a|^2 + |b|^2 - 2ab would lose the digits of near-duplicate samples.
     return torch.cdist(a, b, p=p, compute_mode="donot_use_mm_for_euclid_dist")
 

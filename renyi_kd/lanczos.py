@@ -35,7 +35,7 @@ class Lanczos:
             Do not seed it as the data were: vectors drawn like the samples are not independent.
 
     Raises:
-        TypeError, ValueError: a number that is no integer or too small.
+        TypeError, ValueError: a number that is no integer or too small, or no generator.
 
     Example:
         >>> from renyi_kd import renyi_entropy
@@ -56,6 +56,11 @@ class Lanczos:
             check_integer("rank", self.rank, minimum=1)
         if self.probes is not None:
             check_integer("probes", self.probes, minimum=2)
+        if not isinstance(self.generator, torch.Generator | None):
+            raise TypeError(
+                f"`generator` must be a torch.Generator or None, got "
+                f"{type(self.generator).__name__}. Use torch.Generator().manual_seed(...)."
+            )
 
     def sizes(self, alpha: float, n: int) -> tuple[int, int]:
         """The rank and the number of probes at this order.

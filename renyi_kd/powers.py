@@ -153,8 +153,9 @@ def _entropy_and_slopes(
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1, dtype=torch.float64)
     # Of trace sqrt(n) neither the powers of a flat spectrum nor those of a spike leave float32.
     scale = root / torch.where(trace == 0, 1.0, trace)
-    matrix = _symmetric(gram, (scale / 2)[..., None, None], dtype)
-    power = _power(matrix, exponent - 1)
+    with torch.autocast(gram.device.type, enabled=False):
+        matrix = _symmetric(gram, (scale / 2)[..., None, None], dtype)
+        power = _power(matrix, exponent - 1)
     total = inner_product(power, matrix)
     zero = (trace == 0) & (total == 0)
     total = torch.where(zero, 1.0, total)
@@ -182,8 +183,7 @@ class _EntropyByPowers(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
         gram, power, of_power, of_identity = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a second derivative
-            bits = _entropy_and_slopes(gram, *ctx.how)[0]
-            return torch.autograd.grad(bits, gram, grad, create_graph=True)[0], None, None
+            power, of_power, of_identity = _entropy_and_slopes(gram, *ctx.how)[1:]
         gradient = power * (grad * of_power)[..., None, None].to(power.dtype)
         gradient.diagonal(dim1=-2, dim2=-1).add_((grad * of_identity)[..., None])
         return gradient.to(gram.dtype), None, None

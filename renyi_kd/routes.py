@@ -96,22 +96,35 @@ def _without_dual(
     large = large and not torch.compiler.is_compiling()
     if method == "frobenius" and large and len({x.shape for x in matrices}) == 1:
         return entropies_by_tiles(matrices, subsets).unbind()
+    # Samples are what they are, but entries have been rounded.
+    epsilons = [
+        torch.finfo(torch.float64 if isinstance(x, SampleGram) else compute_dtype(x)).eps
+        for x in grams
+    ]
     return [
-        _entropy([matrices[v] for v in subset], alpha, method, large=large) for subset in subsets
+        _entropy(
+            [matrices[v] for v in subset],
+            alpha,
+            method,
+            epsilon=max(epsilons[v] for v in subset),
+            large=large,
+        )
+        for subset in subsets
     ]
 
 
-def _entropy(grams: Sequence[Tensor], alpha: float, method: Method, *, large: bool) -> Tensor:
-    dtype = compute_dtype(*grams)
+def _entropy(
+    grams: Sequence[Tensor], alpha: float, method: Method, *, epsilon: float, large: bool
+) -> Tensor:
     if method == "power" and large and len(grams) == 1:
-        products = ieee_dtype(dtype, grams[0].device)
+        products = ieee_dtype(grams[0].dtype, grams[0].device)
         if alpha > _MAX_FLOAT32_POWER:
             products = torch.float64
         return entropy_by_powers(grams[0], int(alpha), products)
     joint = trace_one(grams[0])
     if len(grams) > 1:
         joint = trace_one(reduce(mul, map(trace_one, grams[1:]), joint))
-    return spectral_entropy(joint, alpha, method, epsilon=torch.finfo(dtype).eps)
+    return spectral_entropy(joint, alpha, method, epsilon=epsilon)
 
 
 def _matrices(grams: Sequence[Tensor | SampleGram]) -> list[Tensor]:

@@ -18,7 +18,7 @@ from renyi_kd.frobenius import (
     squared_norms,
     tiles_of_triangle,
 )
-from renyi_kd.samples import SampleGram, Tiles
+from renyi_kd.samples import Matrix, SampleGram
 
 _TILE, _TILE_ON_GPU = 512, 4096
 
@@ -41,7 +41,7 @@ def streamed_entropies(
     tiles = [gram.tiles() for gram in grams]
     ends = [end for x in tiles for end in (x.rows, x.columns)]
     norms = _StreamedNorms.apply(subsets, [x.evaluate for x in tiles], progress, *ends)
-    diagonals = [gram.diagonal() for gram in grams]
+    diagonals = [x.diagonal for x in tiles]
     traces = torch.stack([joint(diagonals, subset).sum(dim=-1) for subset in subsets])
     return entropies_from_norms(norms, traces)
 
@@ -78,13 +78,13 @@ class _StreamedNorms(torch.autograd.Function):
 
 def assemble(
     evaluate: Sequence[Callable[[Tensor, Tensor], Tensor]], ends: Sequence[Tensor]
-) -> list[Tiles]:
+) -> list[Matrix]:
     """The matrices of the rows and columns in `ends`, which take turns."""
-    return [Tiles(*of) for of in zip(ends[::2], ends[1::2], evaluate, strict=True)]
+    return [Matrix(*of) for of in zip(ends[::2], ends[1::2], evaluate, strict=True)]
 
 
 def each_tile(
-    matrices: Sequence[Tiles], progress: Progress | None
+    matrices: Sequence[Matrix], progress: Progress | None
 ) -> Iterator[tuple[slice, slice, list[Tensor]]]:
     """Rows, columns, and the entries of all matrices there, for each tile of the triangle."""
     for i, j in _tiles(matrices, progress):
@@ -92,7 +92,7 @@ def each_tile(
 
 
 def pull_back(
-    matrices: Sequence[Tiles],
+    matrices: Sequence[Matrix],
     of_entries: Callable[[list[Tensor], slice, slice, list[int]], list[Tensor]],
     needed: Sequence[bool],
     progress: Progress | None,
@@ -118,14 +118,20 @@ def pull_back(
             tiles = zip(matrices, leaves[::2], leaves[1::2], strict=True)
             entries = [matrix.evaluate(rows, columns) for matrix, rows, columns in tiles]
         of_wanted = of_entries([entry.detach() for entry in entries], i, j, wanted)
-        torch.autograd.backward([entries[v] for v in wanted], of_wanted)
-        for gradient, slice_, leaf in zip(gradients, [i, j] * len(matrices), leaves, strict=True):
-            if gradient is not None and leaf.grad is not None:
-                gradient[..., slice_, :] += leaf.grad
+        of_leaves = torch.autograd.grad(
+            [entries[v] for v in wanted],
+            [leaf for leaf in leaves if leaf.requires_grad],
+            of_wanted,
+            materialize_grads=True,
+        )
+        slices = [x for x, needs in zip([i, j] * len(matrices), needed, strict=True) if needs]
+        sums = [x for x in gradients if x is not None]
+        for gradient, slice_, of_leaf in zip(sums, slices, of_leaves, strict=True):
+            gradient[..., slice_, :] += of_leaf
     return gradients
 
 
-def _tiles(matrices: Sequence[Tiles], progress: Progress | None) -> Iterable[tuple[slice, slice]]:
+def _tiles(matrices: Sequence[Matrix], progress: Progress | None) -> Iterable[tuple[slice, slice]]:
     rows = matrices[0].rows
     # On a CPU small enough for the cache, on a GPU large enough to fill it.
     size = _TILE if rows.device.type == "cpu" else _TILE_ON_GPU

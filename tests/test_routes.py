@@ -351,6 +351,136 @@ def test_large_matrices_of_zeros_and_of_nan(alpha):
         assert not torch.autograd.grad(value, gram)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("alpha", [2, 3])
+@pytest.mark.parametrize("second", [lambda k: k, lambda k: k * k], ids=["twice", "dependent"])
+def test_matrices_that_depend_on_each_other(second, alpha):
+    """Their gradients are those of the sum, whether a graph of them is made or not."""
+    x = torch.randn(513, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gram = renyi_kd.linear_kernel(x).requires_grad_()
+
+    def value(method):
+        return renyi_kd.renyi_mutual_information(gram, second(gram), alpha, method=method)
+
+    (expected,) = torch.autograd.grad(value("eigvalsh"), gram)
+    for create_graph in (False, True):
+        (gradient,) = torch.autograd.grad(value(None), gram, create_graph=create_graph)
+        assert (gradient - expected).norm() < 1e-10 * expected.norm()
+
+
+@pytest.mark.parametrize("alpha", [2, 3])
+def test_second_derivatives_of_large_matrices(alpha):
+    """Hessian times a matrix, against a difference of gradients."""
+    generator = torch.Generator().manual_seed(0)
+    gram = renyi_kd.linear_kernel(torch.randn(520, 9, dtype=torch.float64, generator=generator))
+    step = torch.randn(520, 520, dtype=torch.float64, generator=generator) * 1e-4
+
+    def gradient(gram, *, create_graph=False):
+        gram = gram.detach().requires_grad_()
+        value = renyi_kd.renyi_entropy(gram, alpha)
+        return gram, torch.autograd.grad(value, gram, create_graph=create_graph)[0]
+
+    argument, of_value = gradient(gram, create_graph=True)
+    (product,) = torch.autograd.grad((of_value * step).sum(), argument)
+    expected = (gradient(gram + step)[1] - gradient(gram - step)[1]) / 2
+    expected = (expected + expected.mT) / 2
+    assert (product - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("alpha", [2, 3])
+@pytest.mark.parametrize("n", [4, 520])
+def test_transforms_of_functions(alpha, n):
+    gram = renyi_kd.rbf_kernel(torch.arange(2.0 * n).view(n, 2) / n).double()
+    leaf = gram.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(renyi_kd.renyi_entropy(leaf, alpha), leaf)
+    for transform in (torch.func.grad, torch.func.jacrev):
+        gradient = transform(lambda k: renyi_kd.renyi_entropy(k, alpha))(gram)
+        torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("alpha", [3, 5])
+def test_autocast_leaves_products_alone(alpha):
+    gram = renyi_kd.linear_kernel(torch.randn(600, 20, generator=torch.Generator().manual_seed(0)))
+    gram.requires_grad_()
+    expected = renyi_kd.renyi_entropy(gram, alpha)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = renyi_kd.renyi_entropy(gram, alpha)
+    assert value == expected
+    gradients = [torch.autograd.grad(x, gram)[0] for x in (value, expected)]
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("alpha", [2, 3])
+@pytest.mark.parametrize("d", [3, 700])
+@pytest.mark.parametrize("other", ["linear", "rbf"])
+def test_a_variable_of_zeros_carries_no_information(other, d, alpha):
+    """By the dual, tile by tile, and as a matrix."""
+    of, options, _ = KERNELS[other]
+    zero = torch.zeros(600, d, requires_grad=True)
+    y = SampleGram(torch.randn(600, 4, generator=torch.Generator().manual_seed(0)), of, **options)
+    value = renyi_kd.renyi_mutual_information(SampleGram(zero), y, alpha)
+    assert value.item() == pytest.approx(0, abs=1e-6)
+    assert (torch.autograd.grad(value, zero)[0] == 0).all()
+
+
+@pytest.mark.parametrize("d", [3, 700])
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_scale_of_samples_does_not_matter(d, scale):
+    x = torch.randn(600, d, generator=torch.Generator().manual_seed(0))
+    for alpha in (2, 3):
+        value, expected = (
+            renyi_kd.renyi_joint_entropy(*[SampleGram(z)] * 3, alpha=alpha) for z in (x * scale, x)
+        )
+        assert value.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("bandwidth", [1e-9, 1e-7, 1e-2, 1e9])
+@pytest.mark.parametrize("kernel", [renyi_kd.rbf_kernel, renyi_kd.laplacian_kernel])
+def test_samples_far_apart_keep_their_distances(kernel, bandwidth):
+    """Clusters a million apart, samples within them a hundredth."""
+    rng = np.random.default_rng(0)
+    x = np.repeat(1e6 * rng.normal(size=(6, 3)), 100, axis=0) + 1e-2 * rng.normal(size=(600, 3))
+    x = torch.tensor(x)
+    value = renyi_kd.renyi_entropy(SampleGram(x, kernel, bandwidth=bandwidth))
+    expected = renyi_kd.renyi_entropy(kernel(x, bandwidth=bandwidth), method="eigvalsh")
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-9)
+
+
+def test_an_outlier_does_not_hide_the_others():
+    x = torch.randn(600, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[0] = 1e20
+    for kernel in (renyi_kd.rbf_kernel, renyi_kd.laplacian_kernel):
+        value = renyi_kd.renyi_entropy(SampleGram(x, kernel))
+        expected = renyi_kd.renyi_entropy(kernel(x), method="eigvalsh")
+        assert value.item() == pytest.approx(expected.item(), abs=1e-9)
+
+
+def test_rounding_below_order_one():
+    """Of half-precision samples it is float32's; of a matrix among samples it is the matrix's."""
+    generator = torch.Generator().manual_seed(0)
+    common, own = torch.randn(600, 1, generator=generator), torch.randn(600, 8, generator=generator)
+    x = (common + 1e-2 * own).bfloat16()
+    values = [renyi_kd.renyi_entropy(SampleGram(z), 0.3).item() for z in (x, x.float())]
+    assert values[0] == pytest.approx(values[1], abs=1e-6)
+    x, y = torch.randn(2, 300, 4, generator=generator)
+    matrix, other = renyi_kd.linear_kernel(x), renyi_kd.linear_kernel(y)
+    mixed = renyi_kd.renyi_joint_entropy(matrix, SampleGram(y), alpha=0.3)
+    expected = renyi_kd.renyi_joint_entropy(matrix, other, alpha=0.3)
+    assert mixed.item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [1, 2, 3])
+def test_samples_compile(alpha):
+    x = torch.randn(600, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def value(x):
+        return renyi_kd.renyi_entropy(SampleGram(x), alpha)
+
+    compiled = torch.compile(value, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(compiled, value(x))
+    gradients = [torch.autograd.grad(y, x)[0] for y in (compiled, value(x))]
+    torch.testing.assert_close(*gradients)
+
+
 # Estimates
 
 
@@ -424,6 +554,16 @@ def test_functionals_by_estimate(functional, alpha):
         )
         assert (value - expected).abs() <= 3 * error
         assert error < 0.02
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e18])
+def test_the_scale_of_an_estimated_matrix_does_not_matter(scale):
+    gram = renyi_kd.linear_kernel(torch.randn(300, 3, generator=torch.Generator().manual_seed(0)))
+    found = []
+    for factor in (1, scale):
+        method = Lanczos(generator=torch.Generator().manual_seed(1))
+        found.append(renyi_kd.renyi_entropy(gram * factor, 2.5, method=method).item())
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
 def test_a_seed_repeats_an_estimate():
@@ -504,7 +644,11 @@ LINEAR, RBF = renyi_kd.linear_kernel, renyi_kd.rbf_kernel
         (lambda: SampleGram(X, RBF, bandwidth=0), ValueError, "`bandwidth` must be a number > 0"),
         (lambda: SampleGram(X, RBF, width=1), TypeError, "width"),
         (lambda: SampleGram(X, renyi_kd.polynomial_kernel), TypeError, "degree"),
-        (lambda: SampleGram(X, lambda x, y: x), ValueError, r"`kernel\(x\)` must have shape"),
+        (
+            lambda: SampleGram(X, lambda x, y: x),
+            ValueError,
+            r"of two single ones \(1, 1\), got \(1, 3\)",
+        ),
         (
             lambda: renyi_kd.renyi_entropy(SampleGram(torch.zeros(8193, 1), RBF)),
             ValueError,
@@ -533,6 +677,13 @@ LINEAR, RBF = renyi_kd.linear_kernel, renyi_kd.rbf_kernel
         (lambda: Lanczos(rank=0), ValueError, "`rank` must be an integer >= 1"),
         (lambda: Lanczos(probes=1), ValueError, "`probes` must be an integer >= 2"),
         (lambda: Lanczos(rank=2.5), TypeError, "`rank` must be an integer"),
+        (lambda: Lanczos(generator=3), TypeError, "`generator` must be a torch.Generator"),
+        (lambda: renyi_kd.renyi_entropy(GRAM, progress=True), TypeError, "`progress` must be call"),
+        (
+            lambda: SampleGram(X, lambda x, y: x @ y.mT * torch.ones((), requires_grad=True)),
+            ValueError,
+            "`kernel` must not train parameters of its own",
+        ),
         (
             lambda: renyi_kd.renyi_entropy(GRAM, return_error=True),
             ValueError,
