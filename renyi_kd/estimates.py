@@ -44,7 +44,11 @@ class _OfMatrix(torch.autograd.Function):
         matrix = gram.to(dtype)
         trace = matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1, dtype=torch.float64)
         scale = _reciprocal(trace)
-        rows = torch.linalg.vector_norm(matrix, dim=-1, dtype=torch.float64)
+        # Squares in float32 are enough, unless out of its range.
+        mean = trace / matrix.shape[-1]
+        ordinary = bool(((mean > 1e-12) & (mean < 1e12)).all())
+        precision = None if ordinary else torch.float64
+        rows = torch.linalg.vector_norm(matrix, dim=-1, dtype=precision).double()
         squared_norm = (rows * scale[..., None]).square().sum(dim=-1)
 
         def product(vectors: Tensor) -> Tensor:

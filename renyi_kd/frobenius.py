@@ -75,7 +75,7 @@ class _HadamardNorms(torch.autograd.Function):
 
     @staticmethod
     def forward(subsets: Sequence[Subset], *grams: Tensor) -> tuple[Tensor, Tensor]:
-        return _norms_and_traces(grams, subsets, _TILE)
+        return _norms_and_traces(grams, subsets)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -93,15 +93,13 @@ class _HadamardNorms(torch.autograd.Function):
         return None, *(gradients.get(v) for v in range(len(grams)))
 
 
-def _norms_and_traces(
-    grams: Sequence[Tensor], subsets: Sequence[Subset], tile: int
-) -> tuple[Tensor, Tensor]:
+def _norms_and_traces(grams: Sequence[Tensor], subsets: Sequence[Subset]) -> tuple[Tensor, Tensor]:
     scaling = _scaling(grams)
     diagonals = _diagonals(grams, scaling)
     traces = torch.stack([joint(diagonals, subset).sum(dim=-1) for subset in subsets])
     norms = [
         (1 if i == j else 2) * squared_norms(_tiles(grams, scaling, i, j), subsets)
-        for i, j in tiles_of_triangle(grams[0].shape[-1], tile)
+        for i, j in tiles_of_triangle(grams[0].shape[-1], _TILE)
     ]
     return reduce(add, norms), traces
 
@@ -154,12 +152,14 @@ def _derivative(
     v: int, factors: Sequence[Tensor], subsets: Sequence[Subset], of_products: Tensor
 ) -> Tensor:
     """Gradient of factor `v` of the products over `subsets`, from the gradients of the products."""
-    terms: list[Tensor] = [
-        reduce(mul, (factors[u] for u in subset if u != v), of_product)
-        for of_product, subset in zip(of_products, subsets, strict=True)
-        if v in subset
-    ]
-    return reduce(add, terms)
+    total = torch.zeros_like(of_products[0])
+    for of_product, subset in zip(of_products, subsets, strict=True):
+        others = [u for u in subset if u != v]
+        if others and v in subset:
+            total = total.addcmul(joint(factors, others), of_product)
+        elif v in subset:
+            total = total + of_product
+    return total
 
 
 def _scaling(grams: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
