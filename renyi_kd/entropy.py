@@ -1,8 +1,8 @@
 """Matrix-based Rényi entropy, joint and conditional entropy, mutual information (Def. 1-3).
 
 The arithmetic is float64, but for products of large float32 matrices in `"power"` and `"lanczos"`,
-which are IEEE float32. Neither autocast nor `torch.set_float32_matmul_precision` touches it, forward
-or backward. Results have the promoted dtype of the arguments, at least float32.
+which are IEEE float32. Neither autocast nor `torch.set_float32_matmul_precision` touches it,
+forward or backward. Results have the promoted dtype of the arguments, at least float32.
 """
 
 from collections.abc import Sequence
