@@ -12,7 +12,7 @@ from renyi_kd._precision import compute_dtype, ieee_dtype
 from renyi_kd.frobenius import joint
 from renyi_kd.lanczos import Lanczos, PowerTrace, power_trace
 from renyi_kd.samples import SampleGram
-from renyi_kd.streaming import Progress, assemble, each_tile, pull_back
+from renyi_kd.streaming import Progress, assemble, each_tile, ends_of, pull_back
 
 
 def estimated_entropy(gram: Tensor, alpha: float, options: Lanczos) -> tuple[Tensor, Tensor]:
@@ -29,10 +29,9 @@ def estimated_entropy_of_samples(
 ) -> tuple[Tensor, Tensor]:
     """As `estimated_entropy`, of the joint of kernels of samples, all of one shape."""
     tiles = [gram.tiles() for gram in grams]
-    ends = [end for x in tiles for end in (x.rows, x.columns)]
     trace = joint([x.diagonal for x in tiles], range(len(grams))).sum(dim=-1)
     bits, error = _OfSamples.apply(
-        alpha, options, [x.evaluate for x in tiles], progress, trace, *ends
+        alpha, options, [x.evaluate for x in tiles], progress, trace, *ends_of(tiles)
     )
     return bits, error
 
@@ -93,7 +92,6 @@ class _OfSamples(torch.autograd.Function):
         squared_norm = torch.zeros_like(trace)
 
         def product(vectors: Tensor) -> Tensor:
-            nonlocal squared_norm
             image, norm = torch.zeros_like(vectors), torch.zeros_like(trace)
             for i, j, entries in each_tile(matrices, progress):
                 tile = joint(entries, everything)

@@ -133,4 +133,9 @@ def _matrices(grams: Sequence[Tensor | SampleGram]) -> list[Tensor]:
 
 def _of_one_shape(grams: Sequence[SampleGram]) -> list[SampleGram]:
     batch = torch.broadcast_shapes(*(x.shape[:-2] for x in grams))  # type: ignore[no-untyped-call]
-    return [SampleGram(x.x.expand(*batch, *x.x.shape[-2:]), x.kernel, **x.options) for x in grams]
+    return [
+        x  # the usual case, for which no kernel is checked again
+        if x.shape[:-2] == batch
+        else SampleGram(x.x.expand(*batch, *x.x.shape[-2:]), x.kernel, **x.options)
+        for x in grams
+    ]

@@ -181,9 +181,9 @@ class Tiles(Matrix):
     diagonal: Tensor
 
 
-def has_dual(grams: Sequence[Any]) -> bool:
+def has_dual(grams: Sequence[SampleGram]) -> bool:
     """Whether all are of linear kernels, with a product of dimensions below n."""
-    linear = all(isinstance(x, SampleGram) and x.kernel is linear_kernel for x in grams)
+    linear = all(x.kernel is linear_kernel for x in grams)
     return linear and math.prod([x.x.shape[-1] for x in grams]) < grams[0].shape[-1]
 
 

@@ -39,8 +39,7 @@ def streamed_entropies(
         Entropies in bits, float64, shape `(len(subsets), ...)`. They have no second derivative.
     """
     tiles = [gram.tiles() for gram in grams]
-    ends = [end for x in tiles for end in (x.rows, x.columns)]
-    norms = _StreamedNorms.apply(subsets, [x.evaluate for x in tiles], progress, *ends)
+    norms = _StreamedNorms.apply(subsets, [x.evaluate for x in tiles], progress, *ends_of(tiles))
     diagonals = [x.diagonal for x in tiles]
     traces = torch.stack([joint(diagonals, subset).sum(dim=-1) for subset in subsets])
     return entropies_from_norms(norms, traces)
@@ -76,10 +75,15 @@ class _StreamedNorms(torch.autograd.Function):
         return None, None, None, *gradients
 
 
+def ends_of(matrices: Sequence[Matrix]) -> list[Tensor]:
+    """Rows and columns of each matrix in turn."""
+    return [end for matrix in matrices for end in (matrix.rows, matrix.columns)]
+
+
 def assemble(
     evaluate: Sequence[Callable[[Tensor, Tensor], Tensor]], ends: Sequence[Tensor]
 ) -> list[Matrix]:
-    """The matrices of the rows and columns in `ends`, which take turns."""
+    """The matrices with these `ends_of` them."""
     return [Matrix(*of) for of in zip(ends[::2], ends[1::2], evaluate, strict=True)]
 
 
@@ -106,7 +110,7 @@ def pull_back(
         needed: for each matrix whether its rows and whether its columns need a gradient.
         progress: see `renyi_entropy`.
     """
-    ends: list[Tensor] = [end for x in matrices for end in (x.rows, x.columns)]
+    ends = ends_of(matrices)
     gradients = [torch.zeros_like(x) if y else None for x, y in zip(ends, needed, strict=True)]
     wanted = [v for v in range(len(matrices)) if any(needed[2 * v : 2 * v + 2])]
     for i, j in _tiles(matrices, progress):
