@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from renyi_kd import gram, joint, scores, spectral
+from renyi_kd.information import kernels as gram
+from renyi_kd.information.routes import eigenvalues as spectral
+from renyi_kd.infosam.operators import joint, scores
 
 # Elements of a map that one program holds in registers at a time.
 _TILE = 8192
@@ -278,7 +280,7 @@ def _jacobi_kernel(
 def relation_scores(
     pixels: Tensor, query: Tensor, residual: Tensor | None, offset: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `renyi_kd.scores`, in one launch."""
+    """As `operators.scores`, in one launch."""
     batch, places, dim = pixels.shape
     tokens = query.shape[1]
     out, normalized = (query.new_empty(batch, tokens, places) for _ in range(2))
@@ -317,7 +319,7 @@ def relation_scores_backward(
     for_pixels: bool,
     for_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `renyi_kd.scores`, in one launch and one sum for each gradient of a row."""
+    """As `operators.scores`, in one launch and one sum for each gradient of a row."""
     batch, places, dim = pixels.shape
     tokens = query.shape[1]
     block_p, block_d = _tile(places, dim)
@@ -366,7 +368,7 @@ def sample_gram(rows: Tensor) -> Tensor:
 
 
 def joint_grams(grams: Tensor) -> Tensor:
-    """As `renyi_kd.joint`, in one launch."""
+    """As `operators.joint`, in one launch."""
     n = grams.shape[-1]
     joint = grams.new_empty(5, n, n)
     block = triton.next_power_of_2(n)
@@ -375,7 +377,7 @@ def joint_grams(grams: Tensor) -> Tensor:
 
 
 def joint_grams_backward(grad: Tensor, grams: Tensor, trains_relation: bool) -> Tensor:
-    """As `renyi_kd.joint`, in one launch."""
+    """As `operators.joint`, in one launch."""
     n = grams.shape[-1]
     grad_grams = grams.new_empty(4, n, n)
     block = triton.next_power_of_2(n)

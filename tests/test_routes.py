@@ -12,7 +12,10 @@ from strategies import FAMILIES, gram_with_spectrum
 from test_functionals import over_functionals, tensors
 
 import renyi_kd
-from renyi_kd import Lanczos, SampleGram, powers, routes, streaming
+from renyi_kd import Lanczos, SampleGram
+from renyi_kd.information.routes import choice as routes
+from renyi_kd.information.routes import powers
+from renyi_kd.information.routes import tiles as streaming
 
 KERNELS = {  # name: (kernel, options, the reference's)
     "linear": (renyi_kd.linear_kernel, {}, reference.linear_kernel),
@@ -34,7 +37,7 @@ def small_tiles(monkeypatch):
     """What many samples are served by serves seven: tiles of three, strips of one."""
     monkeypatch.setattr(routes, "LARGE", 4)
     monkeypatch.setattr(streaming, "_TILE", 3)
-    monkeypatch.setattr("renyi_kd.frobenius._TILE", 3)
+    monkeypatch.setattr("renyi_kd.information.routes.frobenius._TILE", 3)
     monkeypatch.setattr(powers, "_TILE", 3)
     monkeypatch.setattr(powers, "_TRIANGLE", 4)
     monkeypatch.setattr(powers, "_STRIPS", 3)

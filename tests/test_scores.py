@@ -5,13 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from renyi_kd import DotProductRelation, InfoSAMDistiller, RelationModule, infosam_terms, scores
+from renyi_kd import DotProductRelation, InfoSAMDistiller, RelationModule, infosam_terms
 from renyi_kd._precision import ieee_dtype
-from renyi_kd.folding import fold_query
-from renyi_kd.gram import sample_gram
-from renyi_kd.joint import joint_grams
-from renyi_kd.scores import relation_scores, unit_length
-from renyi_kd.spectral import eigh
+from renyi_kd.information.kernels import sample_gram
+from renyi_kd.information.routes.eigenvalues import eigh
+from renyi_kd.infosam.operators import scores
+from renyi_kd.infosam.operators.folding import fold_query
+from renyi_kd.infosam.operators.joint import joint_grams
+from renyi_kd.infosam.operators.scores import relation_scores, unit_length
 
 LAYOUTS = {
     "channels first": lambda x: x.mT.contiguous().mT,

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from renyi_kd import InfoSAMDistiller, joint, scores
+from renyi_kd import InfoSAMDistiller
+from renyi_kd.infosam.operators import joint, scores
 
 triton = pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()

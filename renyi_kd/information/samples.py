@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from renyi_kd._precision import compute_dtype
-from renyi_kd.gram import (
+from renyi_kd.information.kernels import (
     check_samples,
     distance,
     laplacian_kernel,
@@ -18,7 +18,7 @@ from renyi_kd.gram import (
     median_distance,
     rbf_kernel,
 )
-from renyi_kd.spectral import Method, spectral_entropy, trace_one
+from renyi_kd.information.routes.eigenvalues import Method, spectral_entropy, trace_one
 
 # Up to so many samples the median distance over all pairs, in n x n memory, is a default.
 LARGEST_MEDIAN = 8192

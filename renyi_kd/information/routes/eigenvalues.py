@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from renyi_kd._checks import check_choice
-from renyi_kd.powers import MAX_POWER, trace_of_power
+from renyi_kd.information.routes.powers import MAX_POWER, trace_of_power
 
 Method: TypeAlias = Literal["frobenius", "power", "eigvalsh", "lanczos"]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from renyi_kd._precision import compute_dtype
-from renyi_kd.gram import in_memory_order, memory_order
+from renyi_kd.information.kernels import in_memory_order, memory_order
 
 
 def check_group(process_group: object) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from renyi_kd._autograd import first_derivative_only
-from renyi_kd.frobenius import (
+from renyi_kd.information.routes.frobenius import (
     Subset,
     entropies_from_norms,
     joint,
@@ -18,7 +18,7 @@ from renyi_kd.frobenius import (
     squared_norms,
     tiles_of_triangle,
 )
-from renyi_kd.samples import Matrix, SampleGram
+from renyi_kd.information.samples import Matrix, SampleGram
 
 _TILE, _TILE_ON_GPU = 512, 4096
 

@@ -1,4 +1,4 @@
-"""Entropies by `renyi_kd.lanczos`: of a matrix, and of kernels of samples tile by tile."""
+"""Entropies by `quadrature`: of a matrix, and of kernels of samples tile by tile."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,10 +9,10 @@ from torch import Tensor
 
 from renyi_kd._autograd import first_derivative_only
 from renyi_kd._precision import compute_dtype, ieee_dtype
-from renyi_kd.frobenius import joint
-from renyi_kd.lanczos import Lanczos, PowerTrace, power_trace
-from renyi_kd.samples import SampleGram
-from renyi_kd.streaming import Progress, assemble, each_tile, ends_of, pull_back
+from renyi_kd.information.routes.frobenius import joint
+from renyi_kd.information.routes.quadrature import Lanczos, PowerTrace, power_trace
+from renyi_kd.information.routes.tiles import Progress, assemble, each_tile, ends_of, pull_back
+from renyi_kd.information.samples import SampleGram
 
 
 def estimated_entropy(gram: Tensor, alpha: float, options: Lanczos) -> tuple[Tensor, Tensor]:

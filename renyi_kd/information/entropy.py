@@ -20,12 +20,12 @@ from renyi_kd._checks import (
     check_same_device,
 )
 from renyi_kd._precision import compute_dtype
-from renyi_kd.frobenius import Subset
-from renyi_kd.lanczos import Lanczos
-from renyi_kd.routes import entropies_in_bits
-from renyi_kd.samples import SampleGram
-from renyi_kd.spectral import Method
-from renyi_kd.streaming import Progress
+from renyi_kd.information.routes.choice import entropies_in_bits
+from renyi_kd.information.routes.eigenvalues import Method
+from renyi_kd.information.routes.frobenius import Subset
+from renyi_kd.information.routes.quadrature import Lanczos
+from renyi_kd.information.routes.tiles import Progress
+from renyi_kd.information.samples import SampleGram
 
 Gram: TypeAlias = Tensor | SampleGram
 

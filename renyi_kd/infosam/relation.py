@@ -13,8 +13,8 @@ from renyi_kd._checks import (
     check_same_device,
 )
 from renyi_kd._precision import compute_dtype
-from renyi_kd.folding import fold_query
-from renyi_kd.scores import relation_scores, unit_length
+from renyi_kd.infosam.operators.folding import fold_query
+from renyi_kd.infosam.operators.scores import relation_scores, unit_length
 
 Residual: TypeAlias = Literal["raw", "normalized"]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from renyi_kd.frobenius import tiles_of_triangle
+from renyi_kd.information.routes.frobenius import tiles_of_triangle
 
 # Beyond it n^(1 - alpha) nears the end of float64's range, and eigenvalues cost no more.
 MAX_POWER = 32

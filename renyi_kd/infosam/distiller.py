@@ -16,7 +16,11 @@ from renyi_kd._checks import (
     check_same_device,
 )
 from renyi_kd._precision import compute_dtype
-from renyi_kd.distributed import (
+from renyi_kd.information.kernels import gram_error, inner_products, sample_gram
+from renyi_kd.information.routes.eigenvalues import choose_method, spectral_entropy
+from renyi_kd.infosam.features import Features
+from renyi_kd.infosam.operators.joint import joint_grams
+from renyi_kd.infosam.processes import (
     averaging_gradients,
     broadcast,
     check_group,
@@ -24,11 +28,7 @@ from renyi_kd.distributed import (
     slices_over_ranks,
     sum_over_ranks,
 )
-from renyi_kd.features import Features
-from renyi_kd.gram import gram_error, inner_products, sample_gram
-from renyi_kd.joint import joint_grams
-from renyi_kd.relation import RelationModule, flatten_features
-from renyi_kd.spectral import choose_method, spectral_entropy
+from renyi_kd.infosam.relation import RelationModule, flatten_features
 
 FeaturePair: TypeAlias = Features | tuple[Tensor, Tensor]
 

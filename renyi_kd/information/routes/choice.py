@@ -8,13 +8,18 @@ import torch
 from torch import Tensor
 
 from renyi_kd._precision import compute_dtype, ieee_dtype
-from renyi_kd.estimates import estimated_entropy, estimated_entropy_of_samples
-from renyi_kd.frobenius import Subset, entropies_by_tiles
-from renyi_kd.lanczos import Lanczos
-from renyi_kd.powers import entropy_by_powers
-from renyi_kd.samples import SampleGram, entropy_of_dual, has_dual
-from renyi_kd.spectral import Method, choose_method, spectral_entropy, trace_one
-from renyi_kd.streaming import Progress, streamed_entropies
+from renyi_kd.information.routes.eigenvalues import (
+    Method,
+    choose_method,
+    spectral_entropy,
+    trace_one,
+)
+from renyi_kd.information.routes.frobenius import Subset, entropies_by_tiles
+from renyi_kd.information.routes.lanczos import estimated_entropy, estimated_entropy_of_samples
+from renyi_kd.information.routes.powers import entropy_by_powers
+from renyi_kd.information.routes.quadrature import Lanczos
+from renyi_kd.information.routes.tiles import Progress, streamed_entropies
+from renyi_kd.information.samples import SampleGram, entropy_of_dual, has_dual
 
 # From this n on, routes with few passes over a matrix and no copies of it are faster, and samples
 # need no matrix.

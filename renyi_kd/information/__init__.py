@@ -1,0 +1,1 @@
+"""What Gram matrices tell, in bits."""

@@ -1,0 +1,1 @@
+"""The InfoSAM loss."""

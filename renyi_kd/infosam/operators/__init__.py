@@ -1,0 +1,1 @@
+"""Operators with a gradient of their own."""
