@@ -3,28 +3,33 @@
 from importlib import import_module
 from importlib.util import find_spec
 
-from renyi_kd.information.entropy import (
-    renyi_conditional_entropy,
-    renyi_entropy,
-    renyi_joint_entropy,
-    renyi_mutual_information,
-    renyi_total_correlation,
-)
-from renyi_kd.information.kernels import (
+from renyi_kd.information import (
+    Estimate,
+    SampleGram,
     laplacian_kernel,
     linear_kernel,
     normalize_gram,
     polynomial_kernel,
     rbf_kernel,
+    renyi_conditional_entropy,
+    renyi_entropy,
+    renyi_entropy_estimate,
+    renyi_joint_entropy,
+    renyi_mutual_information,
+    renyi_total_correlation,
 )
-from renyi_kd.information.routes.quadrature import Lanczos
-from renyi_kd.information.samples import SampleGram
-from renyi_kd.infosam.distiller import InfoSAMDistiller, InfoSAMTerms, infosam_terms
-from renyi_kd.infosam.features import FeatureCollector, Features
-from renyi_kd.infosam.relation import DotProductRelation, RelationModule
+from renyi_kd.infosam import (
+    DotProductRelation,
+    FeatureCollector,
+    Features,
+    InfoSAMDistiller,
+    InfoSAMTerms,
+    RelationModule,
+    infosam_terms,
+)
 
-# Triton comes with PyTorch on Linux; without it the PyTorch path serves CUDA too. Whether there is
-# a GPU is not asked: that would initialise CUDA, and children forked later could not.
+# Triton comes with PyTorch on Linux. Without it the PyTorch forms serve CUDA too. Whether there is
+# a GPU is not asked, since that would initialise CUDA, and processes forked later could not use it.
 if find_spec("triton") is not None:
     import_module("renyi_kd._triton")
 
@@ -32,11 +37,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DotProductRelation",
+    "Estimate",
     "FeatureCollector",
     "Features",
     "InfoSAMDistiller",
     "InfoSAMTerms",
-    "Lanczos",
     "RelationModule",
     "SampleGram",
     "infosam_terms",
@@ -47,6 +52,7 @@ __all__ = [
     "rbf_kernel",
     "renyi_conditional_entropy",
     "renyi_entropy",
+    "renyi_entropy_estimate",
     "renyi_joint_entropy",
     "renyi_mutual_information",
     "renyi_total_correlation",

@@ -1,4 +1,4 @@
-"""Functions whose gradient cannot be differentiated again."""
+"""Derivatives that exist once, and raise an error instead of being zero the second time."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -11,31 +11,34 @@ Backward: TypeAlias = Callable[..., tuple[Tensor | None, ...]]
 
 
 def first_derivative_only(backward: Backward) -> Backward:
-    """Make the second derivative through a `backward` an error, not zero.
+    """Decorate the `backward` of an autograd function whose gradient has no derivative.
 
-    PyTorch's `once_differentiable` is passed by without an error where `torch.autograd.grad` finds
-    another way to its inputs.
+    PyTorch has `once_differentiable` for this. But it only marks the gradient: if
+    `torch.autograd.grad` reaches the inputs on another path as well, the missing part silently
+    counts as zero. Here every path through the gradient ends in an error.
     """
 
     @wraps(backward)
-    def checked(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def without_graph(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            gradients = backward(ctx, *grads)
+            gradients = backward(ctx, *output_gradients)
         if not torch.is_grad_enabled():
             return gradients
-        inputs = [*grads, *ctx.saved_tensors]
-        return tuple(None if x is None else _Undifferentiable.apply(x, *inputs) for x in gradients)
+        inputs = [*output_gradients, *ctx.saved_tensors]
+        return tuple(None if g is None else _NoDerivative.apply(g, *inputs) for g in gradients)
 
-    return checked
+    return without_graph
 
 
-class _Undifferentiable(torch.autograd.Function):
+class _NoDerivative(torch.autograd.Function):
+    """Passes a gradient on unchanged, and refuses to differentiate it."""
+
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor, ...]:
         raise RuntimeError(
             "The gradient of many samples or of an estimate has no derivative. "
             "Give the Gram matrix itself, as `kernel(x)`, and an exact method."

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class TensorLike(Protocol):
-    """A tensor, or what stands for one."""
+    """A tensor, or an object that stands for one, as a `SampleGram` stands for its matrix."""
 
     @property
     def shape(self) -> torch.Size: ...
@@ -23,7 +23,7 @@ class TensorLike(Protocol):
 
 
 def check_floating(name: str, value: object) -> None:
-    """Raise `TypeError` unless `value` is a real floating-point tensor."""
+    """Raise `TypeError` unless `value` is a tensor of a real floating-point dtype."""
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor, got {type(value).__name__}.")
     if not value.is_floating_point():
@@ -34,7 +34,7 @@ def check_floating(name: str, value: object) -> None:
 
 
 def check_gram(name: str, gram: Tensor) -> None:
-    """Raise unless `gram` is a floating-point tensor of shape `(..., n, n)`."""
+    """Raise unless `gram` is a floating-point tensor of shape `(..., n, n)` with n >= 1."""
     check_floating(name, gram)
     if gram.ndim < 2 or gram.shape[-1] != gram.shape[-2] or gram.shape[-1] == 0:
         raise ValueError(
@@ -44,11 +44,15 @@ def check_gram(name: str, gram: Tensor) -> None:
 
 
 def check_real(name: str, value: object, *, minimum: float, exclusive: bool = False) -> float:
-    """`value` as a float, unless it is no real number, NaN, or below (or at) `minimum`."""
+    """Return `value` as a float. Raise if it is no real number, NaN, or too small.
+
+    Too small is a number below `minimum`, or with `exclusive` also `minimum` itself.
+    """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a real number, got {type(value).__name__}.")
     number = float(value)
-    # Written so that NaN fails, and that torch.compile can trace it: it knows no math.isnan.
+    # The comparison is written so that NaN fails it. math.isnan would be clearer, but
+    # torch.compile cannot trace it.
     if not (number > minimum if exclusive else number >= minimum):
         relation = ">" if exclusive else ">="
         raise ValueError(f"`{name}` must be a number {relation} {minimum:g}, got {number:g}.")
@@ -56,7 +60,7 @@ def check_real(name: str, value: object, *, minimum: float, exclusive: bool = Fa
 
 
 def check_integer(name: str, value: object, *, minimum: int) -> int:
-    """`value` as an int, unless it is no integer or below `minimum`."""
+    """Return `value` as an int. Raise if it is no integer, or below `minimum`."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` must be an integer, got {value!r}.")
     if value < minimum:
@@ -65,7 +69,7 @@ def check_integer(name: str, value: object, *, minimum: int) -> int:
 
 
 def check_alpha(alpha: object) -> float:
-    """`alpha` as a float, unless it is no Rényi order: a number > 0, or infinity."""
+    """Return `alpha` as a float. Raise unless it is a Rényi order: a number > 0, or infinity."""
     return check_real("alpha", alpha, minimum=0, exclusive=True)
 
 
@@ -76,14 +80,14 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def check_same_device(**tensors: TensorLike) -> None:
-    """Raise `ValueError` unless all `tensors` live on one device."""
+    """Raise `ValueError` unless all `tensors` are on one device."""
     if len({tensor.device for tensor in tensors.values()}) > 1:
         found = ", ".join(f"`{name}` on {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(f"All tensors must be on one device, got {found}. Move them with `.to()`.")
 
 
 def check_batch_dimensions(tensors: Iterable[TensorLike]) -> None:
-    """Raise `ValueError` unless all dimensions but the last two broadcast."""
+    """Raise `ValueError` unless the dimensions before the last two broadcast."""
     shapes = [tuple(tensor.shape) for tensor in tensors]
     for sizes in zip_longest(*(reversed(shape[:-2]) for shape in shapes), fillvalue=1):
         if len({size for size in sizes if size != 1}) > 1:

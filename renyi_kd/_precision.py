@@ -1,4 +1,4 @@
-"""What keeps its precision whatever autocast and `torch.set_float32_matmul_precision` allow."""
+"""Which dtype computes, whatever autocast and `torch.set_float32_matmul_precision` allow."""
 
 from functools import reduce
 
@@ -8,15 +8,19 @@ from renyi_kd._checks import TensorLike
 
 
 def compute_dtype(*tensors: TensorLike) -> torch.dtype:
-    """The dtype of a result: the promotion of the arguments' dtypes, at least float32."""
+    """Return the dtype of a result: the arguments' dtypes promoted, and at least float32."""
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
 
 
 def ieee_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """`dtype`, or float64 where TF32 or bfloat16 is allowed inside of float32 matrix products."""
+    """Return the dtype in which matrix products keep the digits of `dtype`.
+
+    PyTorch may be set to multiply float32 matrices in TF32 or bfloat16. No such setting touches
+    float64, which is therefore returned wherever one is in force; otherwise `dtype` is.
+    """
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     try:
-        ieee = backend.matmul.fp32_precision in ("none", "ieee")
-    except AttributeError:  # before torch 2.9
-        ieee = torch.get_float32_matmul_precision() == "highest"
-    return dtype if ieee else torch.float64
+        keeps_digits = backend.matmul.fp32_precision in ("none", "ieee")
+    except AttributeError:  # PyTorch before 2.9 has one setting for all devices
+        keeps_digits = torch.get_float32_matmul_precision() == "highest"
+    return dtype if keeps_digits else torch.float64

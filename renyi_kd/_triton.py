@@ -1,7 +1,8 @@
-"""Triton kernels for CUDA: maps are read once, stacks of small matrices decomposed in one launch.
+"""Triton kernels for CUDA.
 
-Importing this module registers them with the operators of `scores`, `gram` and `spectral`, whose
-PyTorch forms stay the fallback, the reference, and what a CPU runs.
+They read each map once, and decompose a stack of small matrices in one launch. Importing this
+module registers them with the operators of both wings. The PyTorch forms stay what a CPU runs, what
+serves where a kernel cannot, and the reference of the kernels.
 """
 
 import torch
@@ -9,22 +10,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from renyi_kd.information import kernels as gram
-from renyi_kd.information.routes import eigenvalues as spectral
-from renyi_kd.infosam.operators import joint, scores
+from renyi_kd.information.routes import eigenvalues
+from renyi_kd.infosam.operators import batch_gram, joint, scores
 
-# Elements of a map that one program holds in registers at a time.
+# How many elements of a map one program holds in registers at a time.
 _TILE = 8192
-# Programs that share the pixels of a sample in backward, and the features of a batch in a Gram
-# matrix: what each of them sums is added up afterwards, in the same order in every run.
+# How many programs share the pixels of a sample in backward, and the features of a batch in a Gram
+# matrix. Their sums are added up afterwards, in the same order in every run.
 _PIXEL_SPLITS = 32
 _FEATURE_SPLITS = 256
-# What a program unrolls, and what fits into its registers.
+# The largest number of tokens that a program unrolls, and the largest batch that fits into its
+# registers.
 _MAX_TOKENS = 16
 _MAX_BATCH = 64
 
-# Jacobi sweeps after which matrices of a size are diagonal to rounding; repeated eigenvalues need
-# the most.
+# The number of Jacobi sweeps after which matrices of a size are diagonal to rounding. Repeated
+# eigenvalues need the most.
 _SWEEPS = {1: 0, 2: 2, 4: 8, 8: 11, 16: 16, 32: 21}
 
 
@@ -58,7 +59,8 @@ def _scores_kernel(
     mu = tl.sum(f, axis=1) / D
     centred = tl.where(inside, f - mu[:, None], 0.0)
     variance = tl.sum(centred * centred, axis=1) / D
-    # NaN where the squares overflow: a reciprocal of zero would pass for a constant pixel.
+    # Where the squares overflow, 1 / infinity = 0 would pass for that of a constant pixel. Infinity
+    # minus itself makes it NaN.
     reciprocal = 1 / tl.sqrt(variance + eps) + (variance - variance)
     tl.store(mean + b * P + p, mu, mask=p < P)
     tl.store(rstd + b * P + p, reciprocal, mask=p < P)
@@ -174,7 +176,7 @@ def _gram_kernel(
 
 @triton.jit
 def _cosine(grams, which, n, BLOCK: tl.constexpr):
-    """Cosines of the samples in one of the raw Gram matrices, and the samples' reciprocal norms."""
+    """Return the cosines of one of the raw Gram matrices, and 1 / length of its samples."""
     i = tl.arange(0, BLOCK)
     gram = grams + which * n * n
     diagonal = tl.load(gram + i * (n + 1), mask=i < n, other=1.0)
@@ -189,15 +191,15 @@ def _cosine(grams, which, n, BLOCK: tl.constexpr):
 @triton.jit
 def _joint_kernel(grams, joint, n, BLOCK: tl.constexpr):
     which = tl.program_id(0)
-    t, _ = _cosine(grams, 0, n, BLOCK)
-    s, _ = _cosine(grams, 1, n, BLOCK)
-    i, _ = _cosine(grams, 2, n, BLOCK)
-    m, _ = _cosine(grams, 3, n, BLOCK)
-    product = t
-    product = tl.where(which == 1, s, product)
-    product = tl.where(which == 2, i * m, product)
-    product = tl.where(which == 3, i * m * t, product)
-    product = tl.where(which == 4, t * s, product)
+    teacher, _ = _cosine(grams, 0, n, BLOCK)
+    student, _ = _cosine(grams, 1, n, BLOCK)
+    image, _ = _cosine(grams, 2, n, BLOCK)
+    tokens, _ = _cosine(grams, 3, n, BLOCK)
+    product = teacher
+    product = tl.where(which == 1, student, product)
+    product = tl.where(which == 2, image * tokens, product)
+    product = tl.where(which == 3, image * tokens * teacher, product)
+    product = tl.where(which == 4, teacher * student, product)
     at = tl.arange(0, BLOCK)
     to = joint + which * n * n + at[:, None] * n + at[None, :]
     tl.store(to, product / n, mask=(at < n)[:, None] & (at < n)[None, :])
@@ -205,34 +207,35 @@ def _joint_kernel(grams, joint, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _joint_backward_kernel(
-    grad, grams, grad_grams, n, TRAINS_RELATION: tl.constexpr, BLOCK: tl.constexpr
+    grad_joint, grams, grad_grams, n, TRAINS_RELATION: tl.constexpr, BLOCK: tl.constexpr
 ):
     which = tl.program_id(0)
     row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
     inside = (row < n) & (column < n)
     at = row * n + column
-    t, _ = _cosine(grams, 0, n, BLOCK)
-    s, _ = _cosine(grams, 1, n, BLOCK)
-    i, _ = _cosine(grams, 2, n, BLOCK)
-    m, _ = _cosine(grams, 3, n, BLOCK)
-    cosine, scale = _cosine(grams, which, n, BLOCK)
-    of_imt = tl.load(grad + 3 * n * n + at, mask=inside, other=0.0)
-    of_ts = tl.load(grad + 4 * n * n + at, mask=inside, other=0.0)
-    own = tl.load(grad + tl.minimum(which, 2) * n * n + at, mask=inside, other=0.0)
-    of_im = own + of_imt * t
-    of_t = own + of_imt * i * m
+    teacher, _ = _cosine(grams, 0, n, BLOCK)
+    student, _ = _cosine(grams, 1, n, BLOCK)
+    image, _ = _cosine(grams, 2, n, BLOCK)
+    tokens, _ = _cosine(grams, 3, n, BLOCK)
+    cosine, inverse_norm = _cosine(grams, which, n, BLOCK)
+    grad_compressed = tl.load(grad_joint + 3 * n * n + at, mask=inside, other=0.0)
+    grad_distilled = tl.load(grad_joint + 4 * n * n + at, mask=inside, other=0.0)
+    own = tl.load(grad_joint + tl.minimum(which, 2) * n * n + at, mask=inside, other=0.0)
+    grad_features = own + grad_compressed * teacher
+    grad_teacher = own + grad_compressed * image * tokens
     if TRAINS_RELATION:
-        of_t += of_ts * s
-    of_cosine = of_t
-    of_cosine = tl.where(which == 1, own + of_ts * t, of_cosine)
-    of_cosine = tl.where(which == 2, of_im * m, of_cosine)
-    of_cosine = tl.where(which == 3, of_im * i, of_cosine) / n
+        grad_teacher += grad_distilled * student
+    grad_cosine = grad_teacher
+    grad_cosine = tl.where(which == 1, own + grad_distilled * teacher, grad_cosine)
+    grad_cosine = tl.where(which == 2, grad_features * tokens, grad_cosine)
+    grad_cosine = tl.where(which == 3, grad_features * image, grad_cosine) / n
 
-    felt = of_cosine * cosine
-    of_diagonal = (tl.sum(felt, axis=0) + tl.sum(felt, axis=1)) * scale * scale / -2
-    of_gram = of_cosine * scale[:, None] * scale[None, :]
-    of_gram += tl.where(row == column, of_diagonal[:, None], 0.0)
-    tl.store(grad_grams + which * n * n + at, of_gram, mask=inside)
+    along = grad_cosine * cosine
+    along = tl.sum(along, axis=0) + tl.sum(along, axis=1)
+    grad_diagonal = along * inverse_norm * inverse_norm / -2
+    grad_gram = grad_cosine * inverse_norm[:, None] * inverse_norm[None, :]
+    grad_gram += tl.where(row == column, grad_diagonal[:, None], 0.0)
+    tl.store(grad_grams + which * n * n + at, grad_gram, mask=inside)
 
 
 @triton.jit
@@ -244,7 +247,10 @@ def _jacobi_kernel(
     SWEEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Cyclic Jacobi rotations: in one step all pairs (i, i ^ k) at once, in a sweep all k."""
+    """Decompose by cyclic Jacobi rotations.
+
+    One step rotates all pairs (i, i ^ k) at once, and a sweep takes the steps of all k.
+    """
     i = tl.arange(0, BLOCK)
     row, column = i[:, None], i[None, :]
     matrix = tl.program_id(0).to(tl.int64)
@@ -258,7 +264,7 @@ def _jacobi_kernel(
             diagonal = tl.sum(tl.where(row == column, a, 0.0), axis=1)
             of_partner = tl.gather(diagonal, i ^ k, 0)
             coupling = tl.sum(tl.where(column == (row ^ k), a, 0.0), axis=1)
-            # Rounding makes a[p, q] and a[q, p] differ, but both need the same rotation.
+            # Rounding makes a[i, j] and a[j, i] differ, but both need the same rotation.
             coupling = (coupling + tl.gather(coupling, i ^ k, 0)) / 2
             apart = tl.where(lower, of_partner - diagonal, diagonal - of_partner)
             theta = apart / (2 * tl.where(coupling == 0, 1.0, coupling))
@@ -277,10 +283,10 @@ def _jacobi_kernel(
     tl.store(eigenvectors + at, v, mask=inside)
 
 
-def relation_scores(
+def scores_by_kernel(
     pixels: Tensor, query: Tensor, residual: Tensor | None, offset: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `operators.scores`, in one launch."""
+    """Do what `scores.scores_by_blocks` does, in one launch."""
     batch, places, dim = pixels.shape
     tokens = query.shape[1]
     out, normalized = (query.new_empty(batch, tokens, places) for _ in range(2))
@@ -308,7 +314,7 @@ def relation_scores(
     return out, normalized, mean, rstd
 
 
-def relation_scores_backward(
+def scores_backward_by_kernel(
     grad: Tensor,
     pixels: Tensor,
     query: Tensor,
@@ -319,7 +325,7 @@ def relation_scores_backward(
     for_pixels: bool,
     for_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `operators.scores`, in one launch and one sum for each gradient of a row."""
+    """Do what `scores.scores_backward_by_blocks` does, in one launch and two sums."""
     batch, places, dim = pixels.shape
     tokens = query.shape[1]
     block_p, block_d = _tile(places, dim)
@@ -354,8 +360,8 @@ def relation_scores_backward(
     return grad_pixels, partial_query.sum(dim=1), partial_residual.sum(dim=1)
 
 
-def sample_gram(rows: Tensor) -> Tensor:
-    """Gram matrix, float64, of the rows of a matrix, in two launches."""
+def batch_gram_by_kernel(rows: Tensor) -> Tensor:
+    """Return the Gram matrix, float64, of the rows of a matrix, in one launch and one sum."""
     batch, features = rows.shape
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     block_b, block_k = max(16, triton.next_power_of_2(batch)), 64
@@ -367,17 +373,17 @@ def sample_gram(rows: Tensor) -> Tensor:
     return partial.sum(dim=0)
 
 
-def joint_grams(grams: Tensor) -> Tensor:
-    """As `operators.joint`, in one launch."""
+def joint_by_kernel(grams: Tensor) -> Tensor:
+    """Do what `joint.joint_by_operators` does, in one launch."""
     n = grams.shape[-1]
-    joint = grams.new_empty(5, n, n)
+    joint_matrices = grams.new_empty(5, n, n)
     block = triton.next_power_of_2(n)
-    _joint_kernel[(5,)](grams.contiguous(), joint, n, BLOCK=block, num_warps=_warps(block))
-    return joint
+    _joint_kernel[(5,)](grams.contiguous(), joint_matrices, n, BLOCK=block, num_warps=_warps(block))
+    return joint_matrices
 
 
-def joint_grams_backward(grad: Tensor, grams: Tensor, trains_relation: bool) -> Tensor:
-    """As `operators.joint`, in one launch."""
+def joint_backward_by_kernel(grad: Tensor, grams: Tensor, trains_relation: bool) -> Tensor:
+    """Do what `joint.joint_backward_by_operators` does, in one launch."""
     n = grams.shape[-1]
     grad_grams = grams.new_empty(4, n, n)
     block = triton.next_power_of_2(n)
@@ -393,22 +399,22 @@ def joint_grams_backward(grad: Tensor, grams: Tensor, trains_relation: bool) -> 
     return grad_grams
 
 
-def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, in no order, and eigenvectors of symmetric float64 matrices, in one launch."""
+def eigh_by_kernel(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Do what `eigenvalues.eigh` does, for float64 matrices, in one launch."""
     n = matrices.shape[-1]
-    eigenvalues = matrices.new_empty(matrices.shape[:-1])
-    eigenvectors = matrices.new_empty(matrices.shape)
+    values = matrices.new_empty(matrices.shape[:-1])
+    vectors = matrices.new_empty(matrices.shape)
     block = triton.next_power_of_2(n)
     _jacobi_kernel[(matrices[..., 0, 0].numel(),)](
         matrices.contiguous(),
-        eigenvalues,
-        eigenvectors,
+        values,
+        vectors,
         n,
         SWEEPS=_SWEEPS[block],
         BLOCK=block,
         num_warps=_warps(block),
     )
-    return eigenvalues, eigenvectors
+    return values, vectors
 
 
 def _warps(block: int) -> int:
@@ -420,7 +426,7 @@ def _tile(places: int, dim: int) -> tuple[int, int]:
     return min(max(1, _TILE // block_d), triton.next_power_of_2(places)), block_d
 
 
-def _serves(pixels: Tensor, query: Tensor) -> bool:
+def _scores_fit(pixels: Tensor, query: Tensor) -> bool:
     tokens, dim = query.shape[1:]
     accumulator = triton.next_power_of_2(tokens) * triton.next_power_of_2(dim)
     fits = accumulator <= _TILE and tokens <= _MAX_TOKENS
@@ -428,21 +434,21 @@ def _serves(pixels: Tensor, query: Tensor) -> bool:
 
 
 def _on_device_of(tensor: Tensor) -> torch.cuda.device:
-    """Triton launches on the current device, whatever the tensors are on."""
+    """Make the tensor's device current, since Triton launches on the current one."""
     return torch.cuda.device(tensor.device)
 
 
-@scores.op.register_kernel("cuda")
-def _(
+@scores.scores_operator.register_kernel("cuda")
+def _scores_on_cuda(
     pixels: Tensor, query: Tensor, residual: Tensor | None, offset: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    route = relation_scores if _serves(pixels, query) else scores.scores_by_blocks
+    route = scores_by_kernel if _scores_fit(pixels, query) else scores.scores_by_blocks
     with _on_device_of(pixels):
         return route(pixels, query, residual, offset, eps)
 
 
-@scores.backward_op.register_kernel("cuda")
-def _(
+@scores.scores_backward_operator.register_kernel("cuda")
+def _scores_backward_on_cuda(
     grad: Tensor,
     pixels: Tensor,
     query: Tensor,
@@ -453,42 +459,47 @@ def _(
     for_pixels: bool,
     for_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    route = relation_scores_backward if _serves(pixels, query) else scores.gradients_by_blocks
+    fits = _scores_fit(pixels, query)
+    route = scores_backward_by_kernel if fits else scores.scores_backward_by_blocks
     with _on_device_of(pixels):
         return route(
             grad, pixels, query, residual, normalized, mean, rstd, for_pixels, for_residual
         )
 
 
-@gram.op.register_kernel("cuda")
-def _(samples: Tensor) -> Tensor:
-    rows = gram.in_memory_order(samples).flatten(1)
-    if samples.dtype == torch.float64 or not gram.is_long(rows) or rows.shape[0] > _MAX_BATCH:
-        return gram.gram_by_blocks(samples)
+@batch_gram.batch_gram_operator.register_kernel("cuda")
+def _batch_gram_on_cuda(samples: Tensor) -> Tensor:
+    rows = batch_gram.in_memory_order(samples).flatten(1)
+    long = samples.dtype != torch.float64 and batch_gram.is_long(rows)
+    if not long or rows.shape[0] > _MAX_BATCH:
+        return batch_gram.batch_gram_by_blocks(samples)
     with _on_device_of(samples):
-        return sample_gram(rows)
+        return batch_gram_by_kernel(rows)
 
 
-@joint.op.register_kernel("cuda")
-def _(grams: Tensor, distillation_trains_relation: bool) -> Tensor:
+@joint.joint_operator.register_kernel("cuda")
+def _joint_on_cuda(grams: Tensor, distillation_trains_relation: bool) -> Tensor:
     if grams.shape[-1] > _MAX_BATCH:
         return joint.joint_by_operators(grams, distillation_trains_relation)
     with _on_device_of(grams):
-        return joint_grams(grams)
+        return joint_by_kernel(grams)
 
 
-@joint.backward_op.register_kernel("cuda")
-def _(grad: Tensor, grams: Tensor, distillation_trains_relation: bool) -> Tensor:
-    serves = grams.shape[-1] <= _MAX_BATCH
-    route = joint_grams_backward if serves else joint.gradient_by_operators
+@joint.joint_backward_operator.register_kernel("cuda")
+def _joint_backward_on_cuda(
+    grad: Tensor, grams: Tensor, distillation_trains_relation: bool
+) -> Tensor:
+    fits = grams.shape[-1] <= _MAX_BATCH
+    route = joint_backward_by_kernel if fits else joint.joint_backward_by_operators
     with _on_device_of(grams):
         return route(grad, grams, distillation_trains_relation)
 
 
-@spectral.eigh.register_kernel("cuda")
-def _(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    if matrices.shape[-1] > spectral.SMALL or not hasattr(tl, "gather"):  # Triton before 3.3
-        eigenvalues, eigenvectors = torch.linalg.eigh(matrices)
-        return eigenvalues, eigenvectors.contiguous()
+@eigenvalues.eigh.register_kernel("cuda")
+def _eigh_on_cuda(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    # Triton before 3.3 has no gather.
+    if matrices.shape[-1] > eigenvalues.SMALL or not hasattr(tl, "gather"):
+        values, vectors = torch.linalg.eigh(matrices)
+        return values, vectors.contiguous()
     with _on_device_of(matrices):
-        return eigh(matrices)
+        return eigh_by_kernel(matrices)

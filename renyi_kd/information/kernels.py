@@ -1,11 +1,13 @@
-"""Kernels, and Gram matrices normalised to trace one (InfoSAM, Def. 1, Eq. 19 and 20).
+"""Kernels, and Gram matrices divided by their trace (InfoSAM, Def. 1, Eq. 19 and 20).
 
-The arithmetic is float64, which neither autocast nor `torch.set_float32_matmul_precision` touches,
-forward or backward; results have the promoted dtype of the arguments, at least float32. Feature
-maps alone, of which a float64 copy would cost too much, are summed otherwise: see `sample_gram`.
+All arithmetic is in float64. Neither autocast nor `torch.set_float32_matmul_precision` touches that
+dtype, so that results keep their digits, forward and backward, wherever they are computed. What is
+returned has the promoted dtype of the arguments, at least float32.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from functools import reduce
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -18,15 +20,7 @@ from renyi_kd._checks import (
     check_real,
     check_same_device,
 )
-from renyi_kd._precision import compute_dtype, ieee_dtype
-
-# Inner products of maps of at least `_LONG` features are summed in float32 over chunks of `_CHUNK`
-# and in float64 over the chunks. Rounding errors of 6e-8 average out to some 1e-9, or to 1e-8 if
-# the features have half precision: squares of short numbers are rounded down more often than up.
-_LONG = 2**18
-_CHUNK = 128
-# Elements of a block's copy in another dtype, or of its chunks' Gram matrices.
-_BLOCK = 2**17
+from renyi_kd._precision import compute_dtype
 
 
 def linear_kernel(x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -104,8 +98,8 @@ def rbf_kernel(x: Tensor, y: Tensor | None = None, *, bandwidth: float | None = 
                 [0.6065, 1.0000]])
     """
     dtype = check_samples(x, y)
-    distances, sigma = _distances(x, y, p=2.0, bandwidth=bandwidth)
-    return (-(distances / sigma).square() / 2).exp().to(dtype)
+    distances = _distances_in_bandwidths(x, y, order=2.0, bandwidth=bandwidth)
+    return (distances.square() / -2).exp().to(dtype)
 
 
 def laplacian_kernel(
@@ -132,8 +126,8 @@ def laplacian_kernel(
                 [0.3679, 1.0000]])
     """
     dtype = check_samples(x, y)
-    distances, sigma = _distances(x, y, p=1.0, bandwidth=bandwidth)
-    return (-distances / sigma).exp().to(dtype)
+    distances = _distances_in_bandwidths(x, y, order=1.0, bandwidth=bandwidth)
+    return (-distances).exp().to(dtype)
 
 
 def normalize_gram(gram: Tensor) -> Tensor:
@@ -141,9 +135,11 @@ def normalize_gram(gram: Tensor) -> Tensor:
 
     .. math:: A_{ij} = \frac{1}{n} \frac{K_{ij}}{\sqrt{K_{ii} K_{jj}}}
 
-    For a linear kernel this is the Gram matrix of the samples scaled to unit length. A zero sample
-    (:math:`K_{ii} = 0`) counts as equal to other zero samples and orthogonal to the rest, the limit
-    of adding a small constant to the kernel, and passes back a zero gradient.
+    For a linear kernel this is the Gram matrix of the samples after each is scaled to unit length.
+
+    A zero sample (:math:`K_{ii} = 0`) has no direction. It counts as equal to other zero samples
+    and orthogonal to all the rest, which is the limit of adding a small constant to the kernel. It
+    passes back a gradient of zero.
 
     Args:
         gram: Gram matrix :math:`K`, shape `(..., n, n)`.
@@ -164,117 +160,62 @@ def normalize_gram(gram: Tensor) -> Tensor:
     kernel = gram.double()
     diagonal = kernel.diagonal(dim1=-2, dim2=-1)
     zero = diagonal == 0
-    scale = torch.where(zero, 1.0, diagonal).rsqrt()
-    # Def. 1 with 1 for a pair of zero samples and 0 for a pair of which one is zero. The kernel is
-    # zero there, but for a NaN, which has to stay one.
-    cosine = torch.where(
-        zero.unsqueeze(-1) | zero.unsqueeze(-2),
-        kernel.detach() + (zero.unsqueeze(-1) & zero.unsqueeze(-2)),
-        kernel * scale.unsqueeze(-1) * scale.unsqueeze(-2),
+    inverse_norms = torch.where(zero, 1.0, diagonal).rsqrt()
+    one_is_zero = zero.unsqueeze(-1) | zero.unsqueeze(-2)
+    both_are_zero = zero.unsqueeze(-1) & zero.unsqueeze(-2)
+    cosines = torch.where(
+        one_is_zero,
+        # The kernel of a zero sample is zero; it is added so that a NaN there stays one.
+        kernel.detach() + both_are_zero,
+        kernel * inverse_norms.unsqueeze(-1) * inverse_norms.unsqueeze(-2),
     )
-    return (cosine / gram.shape[-1]).to(compute_dtype(gram))
+    return (cosines / gram.shape[-1]).to(compute_dtype(gram))
 
 
-def sample_gram(samples: Tensor) -> Tensor:
-    """Gram matrix of the linear kernel over a batch of feature maps, each flattened.
+def trace_one(gram: Tensor) -> Tensor:
+    """Return the symmetric part of `gram` divided by its trace, in float64.
 
-    Args:
-        samples: shape `(B, ...)`, in any memory layout, read once and not copied if dense.
-
-    Returns:
-        Gram matrix, shape `(B, B)`, float64. It has no second derivative.
+    A zero matrix has no trace to divide by. It becomes the matrix of equal entries, which is the
+    limit of adding a constant to the kernel.
     """
-    gram: Tensor = op(samples)
-    return gram
+    gram = gram.double()
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
+    zero = (gram == 0).all(dim=-1).all(dim=-1)[..., None, None]
+    symmetric = (gram + gram.mT) / (2 * torch.where(zero, 1.0, trace))
+    return torch.where(zero, 1 / gram.shape[-1], symmetric)
 
 
-def gram_by_blocks(samples: Tensor) -> Tensor:
-    """As `sample_gram`, from one block after the other, copied if the dtype asks for it."""
-    rows = in_memory_order(samples).flatten(1)
-    batch = rows.shape[0]
-    dtype = ieee_dtype(compute_dtype(samples), samples.device)
-    if not is_long(rows):
-        dtype = torch.float64
-    columns = max(1, _BLOCK // batch // (batch if rows.dtype == dtype else _CHUNK)) * _CHUNK
-    gram = rows.new_zeros(batch, batch, dtype=torch.float64)
-    with torch.autocast(rows.device.type, enabled=False):
-        for block in torch.split(rows, columns, dim=1):
-            if dtype == torch.float32 and block.shape[1] % _CHUNK == 0:
-                chunks = block.to(dtype).view(batch, -1, _CHUNK).transpose(0, 1)
-                gram += (chunks @ chunks.mT).sum(dim=0, dtype=torch.float64)
-            else:
-                gram += block.double() @ block.double().mT
-    return gram
+def joint_gram(grams: Sequence[Tensor]) -> Tensor:
+    """Return the Hadamard product of Gram matrices, of trace one, in float64 (Eq. 2 and 16)."""
+    joint = reduce(mul, map(trace_one, grams))
+    return joint if len(grams) == 1 else trace_one(joint)
 
 
-op = torch.library.custom_op("renyi_kd::sample_gram", gram_by_blocks, mutates_args=())
+def inner_products(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """Return what `linear_kernel` does, in float64 and without checks."""
+    x = x.double()  # converted once, so that backward keeps one copy of it and not two
+    return x @ (x if y is None else y.double()).mT
 
 
-@op.register_fake
-def _(samples: Tensor) -> Tensor:
-    return samples.new_empty(samples.shape[0], samples.shape[0], dtype=torch.float64)
+def distances(x: Tensor, y: Tensor, order: float) -> Tensor:
+    """Return the distances between samples in the norm of this order, shape `(..., n, m)`."""
+    # By default cdist expands |x - y|^2 to |x|^2 - 2xy + |y|^2, which cancels the digits of
+    # near-duplicate samples.
+    return torch.cdist(x, y, p=order, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-@torch.library.custom_op("renyi_kd::sample_gram_backward", mutates_args=())
-def _sample_gram_backward(grad: Tensor, samples: Tensor) -> Tensor:
-    symmetric = grad + grad.mT
-    rows = in_memory_order(samples).flatten(1)
-    grad_samples = _dense_in_memory_order(samples)
-    grad_rows = grad_samples.permute(0, *memory_order(samples)).flatten(1)
-    columns = max(1, _BLOCK // rows.shape[0])
-    blocks = (torch.split(x, columns, dim=1) for x in (rows, grad_rows))
-    for block, grad_block in zip(*blocks, strict=True):
-        grad_block.copy_(symmetric @ block.double())
-    return grad_samples
+def median_distance(x: Tensor, order: float) -> Tensor:
+    """Return the bandwidth that kernels use by default, detached, shape `(..., 1, 1)` or `()`.
 
-
-@_sample_gram_backward.register_fake
-def _(grad: Tensor, samples: Tensor) -> Tensor:
-    return _dense_in_memory_order(samples)
-
-
-def _save_samples(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad: Tensor) -> Tensor:
-    grad_samples: Tensor = _sample_gram_backward(grad, *ctx.saved_tensors)
-    return grad_samples
-
-
-op.register_autograd(_backward, setup_context=_save_samples)
-
-
-def gram_error(samples: Tensor) -> float:
-    """Relative rounding error of the entries of `sample_gram`."""
-    chunked = samples.dtype != torch.float64 and samples.shape[1:].numel() >= _LONG
-    return 1e-8 if chunked else torch.finfo(torch.float64).eps
-
-
-def is_long(rows: Tensor) -> bool:
-    """Whether rounding errors of float32 sums over chunks average out."""
-    return rows.shape[1] >= _LONG
-
-
-def in_memory_order(samples: Tensor) -> Tensor:
-    """The same, with its axes in `memory_order`: a dense map flattens to a view."""
-    return samples.permute(0, *memory_order(samples))
-
-
-def memory_order(samples: Tensor) -> list[int]:
-    """The axes of a sample from the slowest to the fastest."""
-    return sorted(range(1, samples.ndim), key=samples.stride, reverse=True)
-
-
-def _dense_in_memory_order(samples: Tensor) -> Tensor:
-    """An empty tensor of the same shape, dense, with its axes in the order of `samples`."""
-    axes = memory_order(samples)
-    dense = samples.new_empty(samples.shape[0], *(samples.shape[axis] for axis in axes))
-    return dense.permute(0, *(1 + axes.index(axis) for axis in range(1, samples.ndim)))
+    It is the median distance over all pairs of different samples, and 1 if that is zero or there
+    is no pair.
+    """
+    x = x.detach().double()
+    return _median_over_pairs(distances(x, x, order))
 
 
 def check_samples(x: Tensor, y: Tensor | None = None) -> torch.dtype:
-    """The dtype of a kernel's result, unless `x` and `y` are no samples that fit."""
+    """Return the dtype of a kernel's result. Raise unless `x` and `y` are samples that fit."""
     for name, samples in (("x", x),) if y is None else (("x", x), ("y", y)):
         check_floating(name, samples)
         if samples.ndim < 2 or 0 in samples.shape[-2:]:
@@ -294,42 +235,26 @@ def check_samples(x: Tensor, y: Tensor | None = None) -> torch.dtype:
     return compute_dtype(x, y)
 
 
-def inner_products(x: Tensor, y: Tensor | None = None) -> Tensor:
-    """As `linear_kernel`, in float64 and without checks."""
-    x = x.double()  # once: backward keeps what it is given
-    return x @ (x if y is None else y.double()).mT
-
-
-def median_distance(x: Tensor, p: float) -> Tensor:
-    """The default bandwidth: the median over the pairs of `x`, detached, shape `(..., 1, 1)`."""
-    x = x.detach().double()
-    return _median_over_pairs(distance(x, x, p))
-
-
-def _distances(
-    x: Tensor, y: Tensor | None, *, p: float, bandwidth: float | None
-) -> tuple[Tensor, Tensor | float]:
-    double = x.double()
-    distances = distance(double, double if y is None else y.double(), p)
+def _distances_in_bandwidths(
+    x: Tensor, y: Tensor | None, *, order: float, bandwidth: float | None
+) -> Tensor:
     if bandwidth is not None:
-        return distances, check_real("bandwidth", bandwidth, minimum=0, exclusive=True)
-    return distances, median_distance(x, p) if y is not None else _median_over_pairs(
-        distances.detach()
-    )
+        bandwidth = check_real("bandwidth", bandwidth, minimum=0, exclusive=True)
+    double = x.double()
+    between = distances(double, double if y is None else y.double(), order)
+    if bandwidth is not None:
+        return between / bandwidth
+    # The median is over the pairs of x. Without y their distances are already known.
+    median = _median_over_pairs(between.detach()) if y is None else median_distance(x, order)
+    return between / median
 
 
-def distance(a: Tensor, b: Tensor, p: float) -> Tensor:
-    """Distances in the norm of order `p`, shape `(..., n, m)`."""
-    # |a|^2 + |b|^2 - 2ab would lose the digits of near-duplicate samples.
-    return torch.cdist(a, b, p=p, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _median_over_pairs(distances: Tensor) -> Tensor:
-    n = distances.shape[-1]
+def _median_over_pairs(between: Tensor) -> Tensor:
+    n = between.shape[-1]
     if n == 1:
-        return distances.new_ones(())
-    rows, columns = torch.triu_indices(n, n, offset=1, device=distances.device)
-    pairs = distances[..., rows, columns].sort(dim=-1).values
+        return between.new_ones(())
+    rows, columns = torch.triu_indices(n, n, offset=1, device=between.device)
+    pairs = between[..., rows, columns].sort(dim=-1).values
     count = pairs.shape[-1]
     median = (pairs[..., (count - 1) // 2] + pairs[..., count // 2]) / 2
     return torch.where(median == 0, 1.0, median)[..., None, None]

@@ -1,1 +1,21 @@
-"""The InfoSAM loss."""
+"""The InfoSAM loss: what teacher and student know, compared by its relation.
+
+This wing asks the other, `information`, for entropies and inner products. Its files, each of which
+imports only those before it: operators (fast forms), features, relation, processes, terms,
+distiller.
+"""
+
+from renyi_kd.infosam.distiller import InfoSAMDistiller
+from renyi_kd.infosam.features import FeatureCollector, Features
+from renyi_kd.infosam.relation import DotProductRelation, RelationModule
+from renyi_kd.infosam.terms import InfoSAMTerms, infosam_terms
+
+__all__ = [
+    "DotProductRelation",
+    "FeatureCollector",
+    "Features",
+    "InfoSAMDistiller",
+    "InfoSAMTerms",
+    "RelationModule",
+    "infosam_terms",
+]

@@ -1,4 +1,4 @@
-"""The features of a SAM that InfoSAM compares (Fig. 2), collected by hooks on an unedited model."""
+"""The features that InfoSAM compares (Fig. 2), and hooks that collect them from an unedited SAM."""
 
 from collections.abc import Callable
 from operator import itemgetter
@@ -31,20 +31,23 @@ class FeatureCollector:
     """Collects the `Features` of a SAM while it runs, by hooks on the unedited model.
 
     The model is, or contains, segment_anything's `Sam`, sam2's `SAM2Base`, or transformers'
-    `SamModel` or `Sam2Model`. It is recognised by its parts, so that subclasses and models wrapped
-    by peft or `DistributedDataParallel` serve as well. The first one found is taken.
+    `SamModel` or `Sam2Model`. It is recognised by its parts, so that subclasses serve as well, and
+    models wrapped by peft or `DistributedDataParallel`. If it contains several, the first is taken.
 
-    Passes add up until `pop`: over single images, over batches, or the encoder over a batch and the
-    decoder image by image. Each pass of the decoder is matched with the image embedding it was
-    given if that is (a view of) an output of the image encoder. Teacher and student may thus share
-    one image encoder, say one with LoRA adapters that are switched off for the teacher.
+    Passes add up until `pop`. They may be over single images or over batches, and the encoder may
+    run over a batch and the decoder image by image.
 
-    If the decoder is given anything else (sam2 adds a constant to the embedding, a cast or a copy
-    is another tensor), it is matched with the next rows of the encoder's latest output. Then decode
-    what the encoder gave, in order, before the encoder runs again, for a teacher or a student.
+    Each pass of the decoder is matched with an image embedding. If it was given an output of the
+    image encoder, or a view of one, that is its embedding. Teacher and student can therefore share
+    one image encoder, for instance one whose LoRA adapters are switched off for the teacher.
+
+    Otherwise the pass is matched with the next rows of the encoder's latest output. This is so for
+    sam2, which adds a constant to the embedding first, and after a cast or a copy. Then decode all
+    that the encoder gave, in order, before it runs again, be it for the teacher or the student.
 
     Args:
-        model: the SAM. Copy it, or wrap it by peft, before collecting: copies include the hooks.
+        model: the SAM. Copy it, or wrap it by peft, before you make the collector: copies include
+            the hooks.
         tokens: `"single"` for the single-mask output token, N = 1; `"all"` for every mask token.
 
     Raises:
@@ -55,19 +58,23 @@ class FeatureCollector:
     Note:
         The hooks are in place from construction to `close`, or to the end of the `with` block. They
         change no output and never wait for the device. What they collect is held until `pop`, so
-        evaluate outside of the block. The image encoder may run under activation checkpointing, the
-        mask decoder may not. Of transformers' `Sam2Model` the image embedding includes the
-        no-memory embedding.
+        evaluate outside of the block.
+
+        The image encoder may run under activation checkpointing, the mask decoder may not. The
+        image embedding of transformers' `Sam2Model` includes the no-memory embedding.
 
     Example:
         A training loop, in which `segment` runs encoder and decoder of a model::
 
-            with FeatureCollector(teacher) as of_teacher, FeatureCollector(student) as of_student:
+            with (
+                FeatureCollector(teacher) as from_teacher,
+                FeatureCollector(student) as from_student,
+            ):
                 for images, boxes, masks in loader:
                     with torch.no_grad():
                         segment(teacher, images, boxes)
                     loss = segmentation_loss(segment(student, images, boxes), masks)
-                    loss = loss + distiller(of_teacher.pop(), of_student.pop())
+                    loss = loss + distiller(from_teacher.pop(), from_student.pop())
                     ...
 
         Anything but a SAM is refused:
@@ -80,7 +87,8 @@ class FeatureCollector:
     def __init__(self, model: nn.Module, *, tokens: Tokens = "single") -> None:
         check_choice("tokens", tokens, get_args(Tokens))
         family, encoder, decoder = _recognise(model)
-        # The output tokens are [object score,] IoU, single mask, multimask 1, 2, ...
+        # The decoder's output tokens are, in this order: object score (in SAM2 alone), IoU, single
+        # mask, and the further masks.
         first = 1 + hasattr(decoder, "obj_score_token")
         count = 1 if tokens == "single" else decoder.num_mask_tokens
         self._mask_tokens = slice(first, first + count)
@@ -90,9 +98,11 @@ class FeatureCollector:
         self._handles = [decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)]
         if self._image_embedding is not None:
             self._handles.append(encoder.register_forward_hook(self._after_encoder))
-        # There are two if peft's `modules_to_save` keeps the frozen decoder beside the trained one.
-        transformers = (m for n, m in decoder.named_modules() if n.split(".")[-1] == "transformer")
-        self._handles += [m.register_forward_hook(self._after_transformer) for m in transformers]
+        # peft's `modules_to_save` keeps the frozen decoder beside the trained one, so that there
+        # may be two transformers.
+        for name, module in decoder.named_modules():
+            if name.split(".")[-1] == "transformer":
+                self._handles.append(module.register_forward_hook(self._after_transformer))
 
     def __enter__(self) -> "FeatureCollector":
         return self
@@ -106,23 +116,23 @@ class FeatureCollector:
             handle.remove()
 
     def pop(self, image_embedding: Tensor | None = None) -> Features:
-        """All that was collected since the last `pop`, as one batch; empties the collector.
+        """Return all that was collected since the last `pop`, as one batch, and forget it.
 
         Features collected under `torch.no_grad` or `torch.inference_mode` hold no graph, others
         keep theirs.
 
         Args:
-            image_embedding: cached image embeddings, shape `(B, D, H, W)`, in place of collected
-                ones; the image encoder need not have run.
+            image_embedding: image embeddings from a cache, shape `(B, D, H, W)`, to be returned in
+                place of collected ones. The image encoder need not have run.
 
         Returns:
             `Features` of shapes `(B, D, H, W)` and `(B, N, D)`, never inference tensors.
 
         Raises:
-            RuntimeError: image embedding or mask tokens are missing; the rest stays collected, but
-                for a mixture of decoder passes with and without an image embedding.
+            RuntimeError: image embedding or mask tokens are missing. What there is stays collected,
+                unless some passes of the decoder had an image embedding and others had none.
             TypeError: `image_embedding` is not a floating-point tensor.
-            ValueError: `image_embedding` has not one row for each sample; all stays collected.
+            ValueError: `image_embedding` has not one row for each sample. All stays collected.
         """
         samples, passes = sum(map(len, self._tokens)), len(self._tokens)
         missing = {}
@@ -159,8 +169,8 @@ class FeatureCollector:
 
     def _empty(self) -> None:
         self._encoded: list[Tensor] = []  # every output of the encoder
-        self._unmatched: Tensor | None = None  # rows of the latest one
-        self._given: Tensor | None = None  # to the decoder that is running
+        self._unmatched: Tensor | None = None  # the rows of the latest one that no pass has had
+        self._given: Tensor | None = None  # what the decoder that is running was given
         self._embeddings: list[Tensor] = []
         self._tokens: list[Tensor] = []
 
@@ -191,7 +201,7 @@ class FeatureCollector:
             self._embeddings.append(embedding)
 
     def _match(self, samples: int) -> Tensor | None:
-        """Image embedding of the decoder pass that is running, None if the encoder did not run."""
+        """Return the embedding of the decoder pass that is running; None if no encoder ran."""
         given = self._given
         if given is not None and (
             self._image_embedding is None or any(_same_storage(given, e) for e in self._encoded)
@@ -199,7 +209,7 @@ class FeatureCollector:
             return given
         if self._unmatched is None:
             return None
-        # Not sliced where all rows are taken: the backward pass of a slice is a copy.
+        # If all rows are taken they are not sliced, since the backward pass of a slice is a copy.
         whole = len(self._unmatched) <= samples
         embedding = self._unmatched if whole else self._unmatched[:samples]
         self._unmatched = self._unmatched[samples:]
@@ -207,12 +217,12 @@ class FeatureCollector:
 
 
 class _Family(NamedTuple):
-    """A kind of SAM: the parts by which it is recognised, and its image embedding."""
+    """A kind of SAM: the parts by which it is recognised, and where its image embedding is."""
 
     name: str
     encoder: str
     image_embedding: Callable[[Any], Tensor] | None
-    """What it is of the encoder's output; None: what the decoder is given."""
+    """Takes it from the encoder's output. None: it is what the decoder is given."""
     decoder: str
     decoder_parts: tuple[str, ...] = ("transformer", "num_mask_tokens")
 
@@ -232,7 +242,7 @@ _FAMILIES = (
 
 
 def _recognise(model: object) -> tuple[_Family, nn.Module, Any]:
-    """The first SAM in `model`: its family, its image encoder and its mask decoder."""
+    """Return the family of the first SAM in `model`, its image encoder and its mask decoder."""
     for module in model.modules() if isinstance(model, nn.Module) else ():
         for family in _FAMILIES:
             encoder = getattr(module, family.encoder, None)
@@ -255,7 +265,7 @@ def _same_storage(a: Tensor, b: Tensor) -> bool:
 def _concatenate(parts: list[Tensor]) -> Tensor:
     if len(parts) == 1 and not parts[0].is_inference():
         return parts[0]
-    # Autograd refuses inference tensors, even where only the relation module trains; a copy of them
+    # Autograd refuses inference tensors, even where only the relation module trains. A copy that is
     # made outside of inference mode is a normal tensor.
     with torch.inference_mode(False):
         return torch.cat(parts)

@@ -1,13 +1,14 @@
-r"""Gram matrices over the samples of all ranks of a process group, without gathering the samples.
+r"""Gram matrices over the samples of all processes, without gathering the samples.
 
-An inner product is a sum over features. So each rank is sent a slice of the feature axis of all
-samples (all-to-all), makes partial Gram matrices of it, and these are added up (all-reduce).
-Whatever the number of ranks, a rank sends its own features once; gathering would send them to each
-of the others.
+The processes of a group are its ranks. An inner product is a sum over features. So each rank is
+sent a slice of the features of all samples (all-to-all) and makes partial Gram matrices of it, and
+these are added up (all-reduce). Whatever the number of ranks, each sends its own features once.
+Gathering the samples would send them to every other rank.
 
 All ranks end up with the same matrices, and so with the same loss :math:`L`. Gradients follow the
-convention of DistributedDataParallel, which averages over the ranks: each of :math:`R` ranks passes
-back its part of the gradient of :math:`R L`, the sum of what all ranks call their loss.
+convention of DistributedDataParallel, which averages over the ranks. So each of :math:`R` ranks
+passes back its part of the gradient of :math:`R L`, which is the sum of what all ranks call their
+loss.
 """
 
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from renyi_kd._precision import compute_dtype
-from renyi_kd.information.kernels import in_memory_order, memory_order
+from renyi_kd.infosam.operators.batch_gram import in_memory_order, memory_order
 
 
 def check_group(process_group: object) -> None:
@@ -41,7 +42,7 @@ def check_group(process_group: object) -> None:
 def slices_over_ranks(
     samples: dict[str, Tensor], options: tuple[float, ...], group: "dist.ProcessGroup"
 ) -> dict[str, Tensor]:
-    """A slice of the features of the samples of all ranks, another one on each rank.
+    """Return a slice of the features of the samples of all ranks, another one on each rank.
 
     Args:
         samples: by name, each of shape `(b, ...)`; `b` may differ between ranks, nothing else.
@@ -56,32 +57,33 @@ def slices_over_ranks(
             other options.
     """
     sizes, one_layout = _agree(samples, options, group)
-    # By itself the embedding keeps its dtype, and its order if that is the same on all ranks.
+    # The large embedding travels alone. So it keeps its dtype, and the order of its features in
+    # memory if that is the same on all ranks. The small tensors are converted and travel together.
     embedding = samples["image_embedding"]
     rows = (in_memory_order(embedding) if one_layout else embedding).flatten(1)
-    (of_embedding,) = _exchange([rows], sizes, group)
+    (embedding_slice,) = _exchange([rows], sizes, group)
     small = {name: x.flatten(1) for name, x in samples.items() if name != "image_embedding"}
     dtype = compute_dtype(*small.values())
-    of_small = _exchange([x.to(dtype) for x in small.values()], sizes, group)
-    slices = dict(zip(small, of_small, strict=True), image_embedding=of_embedding)
+    small_slices = _exchange([x.to(dtype) for x in small.values()], sizes, group)
+    slices = dict(zip(small, small_slices, strict=True), image_embedding=embedding_slice)
     return {name: slices[name] for name in samples}
 
 
 def sum_over_ranks(grams: Tensor, group: "dist.ProcessGroup") -> Tensor:
-    """Sum of symmetric matrices, shape `(..., B, B)`, of all ranks, the same on each of them."""
+    """Return the sum over all ranks of symmetric matrices of shape `(..., B, B)`."""
     total: Tensor = _SumOverRanks.apply(grams, group)
     return total
 
 
 def mean_over_ranks(values: Tensor, group: "dist.ProcessGroup") -> Tensor:
-    """Mean of the values, shape `(b,)`, of all ranks."""
+    """Return the mean of the values of all ranks, of shape `(b,)` on this one."""
     sums = torch.stack([values.sum(), values.new_full((), len(values))])
     dist.all_reduce(sums, group=group)
     return sums[0] / sums[1]
 
 
 def averaging_gradients(module: nn.Module, group: "dist.ProcessGroup") -> dict[str, Tensor]:
-    """The parameters of a module that train, by name; their gradients are means over the ranks."""
+    """Return views of the parameters that train, by name; ranks average their gradients."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trained:
         return {}
@@ -91,10 +93,10 @@ def averaging_gradients(module: nn.Module, group: "dist.ProcessGroup") -> dict[s
 @torch.no_grad()
 def broadcast(module: nn.Module, group: "dist.ProcessGroup") -> None:
     """Give all ranks the parameters and buffers of the first."""
-    # Where the group can send from; the module may still be on the CPU.
+    # The module may still be on the CPU when the group sends from the GPU.
     device = torch.device("cpu" if _sends_from_cpu(group) else "cuda")
     for tensor in filter(Tensor.numel, (*module.parameters(), *module.buffers())):
-        # As bytes, since no backend sends every dtype and every memory layout.
+        # It is sent as bytes, since no backend sends every dtype and every memory layout.
         content = tensor.detach().to(device).contiguous().flatten().view(torch.uint8).clone()
         dist.broadcast(content, group=group, group_src=0)
         tensor.copy_(content.view(tensor.dtype).view(tensor.shape))
@@ -103,27 +105,27 @@ def broadcast(module: nn.Module, group: "dist.ProcessGroup") -> None:
 def _agree(
     samples: dict[str, Tensor], options: tuple[float, ...], group: "dist.ProcessGroup"
 ) -> tuple[list[int], bool]:
-    """Number of samples of each rank, and whether their image embeddings lie alike in memory."""
+    """Return each rank's number of samples, and whether all embeddings lie alike in memory."""
     embedding = samples["image_embedding"]
-    # Of integers and floats alone, these are the same hashes in every process.
+    # Python salts the hashes of strings, but those of numbers are the same in every process.
     kinds = [hash((*x.shape[1:], torch.finfo(x.dtype).eps)) for x in samples.values()]
-    # The CPU needs the sizes now. If the group sends from there, it does not wait for the GPU.
+    # The CPU needs the sizes now. If the group can send from there, it need not wait for the GPU.
     mine = torch.tensor(
         [len(embedding), hash(tuple(memory_order(embedding))), hash(options), *kinds],
         device="cpu" if _sends_from_cpu(group) else embedding.device,
     )
-    found = mine.new_empty(dist.get_world_size(group) * len(mine))
-    dist.all_gather_into_tensor(found, mine, group=group)
-    sizes, layouts, asked, *kinds_of_ranks = found.view(-1, len(mine)).T.tolist()
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, mine, group=group)
+    sizes, layouts, options_of_ranks, *kinds_of_ranks = torch.stack(found, dim=1).tolist()
 
     rank = dist.get_rank(group)
-    if len(set(asked)) > 1:
+    if len(set(options_of_ranks)) > 1:
         raise ValueError(
             f"`alpha` and the other options must be the same on all ranks, got {options} on this "
             f"rank, {rank}."
         )
-    for (name, x), of_ranks in zip(samples.items(), kinds_of_ranks, strict=True):
-        differing = [str(r) for r, kind in enumerate(of_ranks) if kind != of_ranks[rank]]
+    for (name, x), kinds_of_x in zip(samples.items(), kinds_of_ranks, strict=True):
+        differing = [str(r) for r, kind in enumerate(kinds_of_x) if kind != kinds_of_x[rank]]
         if differing:
             raise ValueError(
                 f"`{name}` must have samples of one shape and dtype on all ranks, got "
@@ -140,25 +142,26 @@ def _sends_from_cpu(group: "dist.ProcessGroup") -> bool:
 def _exchange(
     samples: list[Tensor], sizes: list[int], group: "dist.ProcessGroup"
 ) -> tuple[Tensor, ...]:
-    """A slice `(B, f)` of each tensor `(b, F)`; the tensors have one dtype and travel together."""
+    """Return a slice `(B, f)` of each tensor `(b, F)`; all have one dtype and travel together."""
+    # For each rank a piece of each tensor, and how wide these pieces are.
     pieces = list(zip(*(x.tensor_split(len(sizes), dim=1) for x in samples), strict=True))
-    widths = [[piece.shape[1] for piece in for_rank] for for_rank in pieces]
-    # What one rank is sent lies together; a single tensor is not copied for that.
+    widths = [[piece.shape[1] for piece in of_rank] for of_rank in pieces]
+    # All that one rank is sent has to lie together. A single tensor does so without a copy.
     rows = samples[0]
     if len(samples) > 1:
-        rows = torch.cat([piece for for_rank in pieces for piece in for_rank], dim=1)
-    columns: Tensor = _Exchange.apply(rows, [sum(w) for w in widths], sizes, group)
+        rows = torch.cat([piece for of_rank in pieces for piece in of_rank], dim=1)
+    columns: Tensor = _Exchange.apply(rows, [sum(of_rank) for of_rank in widths], sizes, group)
     return torch.split(columns, widths[dist.get_rank(group)], dim=1)
 
 
 class _Exchange(torch.autograd.Function):
-    """All features of own samples `(b, F)` for own features of all samples `(B, f)`."""
+    """Gives all features of own samples `(b, F)` away for some features of all samples `(B, f)`."""
 
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, widths: list[int], sizes: list[int], group: "dist.ProcessGroup"
     ) -> Tensor:
-        # Weakly: a process that still holds a group when it ends may abort.
+        # The group is held weakly, since a process that still holds one when it ends may abort.
         ctx.widths, ctx.sizes, ctx.group = widths, sizes, ref(group)
         width = widths[dist.get_rank(group)]
         sent = torch.cat([piece.flatten() for piece in torch.split(rows, widths, dim=1)])
@@ -201,7 +204,7 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        # All ranks have the same loss and the same gradient: this is the sum of all.
+        # All ranks have the same loss and the same gradient, so this is the sum over all of them.
         return grad * ctx.world, None
 
 
@@ -209,7 +212,7 @@ class _AveragedGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: "dist.ProcessGroup", *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.group = ref(group)
-        ctx.set_materialize_grads(False)  # a parameter that nothing uses keeps its grad None
+        ctx.set_materialize_grads(False)  # so that an unused parameter keeps the gradient None
         return tuple(p.view_as(p) for p in parameters)
 
     @staticmethod

@@ -27,8 +27,8 @@ class RelationModule(nn.Module):
         K = W_K \operatorname{LayerNorm}(z_i) + b_K && \text{(Eq. 8)} \\
         S &= Q K^\top / \sqrt{D} + z_m z_i^\top && \text{(Eq. 9)}
 
-    and the relation is :math:`S`, flattened over tokens and pixels and scaled to unit length for
-    each sample. Teacher and student share one module.
+    The relation is :math:`S`, scaled to unit length over all tokens and pixels of a sample. Teacher
+    and student share one module.
 
     Args:
         dim: number of channels :math:`D` of image embedding and mask tokens.
@@ -47,11 +47,13 @@ class RelationModule(nn.Module):
           parameters, at least float32. A zero map stays zero.
 
     Note:
-        The arithmetic is that of the result's dtype, by IEEE rules whatever autocast and
+        It computes in the dtype of the result, by IEEE rules whatever autocast and
         `torch.set_float32_matmul_precision` allow, forward and backward. Float32 features beyond
-        1e18 overflow to NaN. Nothing of the map's size is kept for backward; there is no second
-        derivative. The parameter names are those of the authors' release, so that its relation
-        module loads with `load_state_dict`.
+        1e18 overflow to NaN. Nothing of the map's size is kept for backward, and there is no second
+        derivative.
+
+        The parameters are named as in the authors' release, so that its relation module loads with
+        `load_state_dict`.
 
     Example:
         >>> relation = RelationModule(dim=8)
@@ -71,14 +73,11 @@ class RelationModule(nn.Module):
         self.layer_norm_mask = nn.LayerNorm(dim)
 
     def forward(self, image_embedding: Tensor, mask_tokens: Tensor) -> Tensor:
-        """Relation of each sample, shape `(B, N, P)`, of unit length a sample."""
-        features = flatten_features(image_embedding, mask_tokens, self.dim)
+        """Return the relation of each sample, shape `(B, N, P)`, of unit length a sample."""
+        pixels, tokens = flatten_features(image_embedding, mask_tokens, self.dim)
         weight = self.query_proj.weight
         check_same_device(image_embedding=image_embedding, relation=weight)
-        dtype = compute_dtype(*features, weight)
-
-        pixels, tokens = features  # (B, P, D), (B, N, D)
-
+        dtype = compute_dtype(pixels, tokens, weight)
         tokens = tokens.to(dtype)
         layers = self.layer_norm_mask, self.query_proj, self.key_proj, self.layer_norm_feat
         query, offset = fold_query(
@@ -97,7 +96,7 @@ class RelationModule(nn.Module):
         return unit_length(scores)
 
     def extra_repr(self) -> str:
-        """The options, for `repr`."""
+        """Return the options, for `repr`."""
         return f"dim={self.dim}, residual={self.residual!r}"
 
 
@@ -113,12 +112,13 @@ class DotProductRelation(nn.Module):
     """
 
     def forward(self, image_embedding: Tensor, mask_tokens: Tensor) -> Tensor:
-        """Relation of each sample, shape `(B, N, P)`, of unit length a sample."""
+        """Return the relation of each sample, shape `(B, N, P)`, of unit length a sample."""
         check_floating("mask_tokens", mask_tokens)
         dim = mask_tokens.shape[-1] if mask_tokens.ndim else 0
-        features = flatten_features(image_embedding, mask_tokens, dim)
-        pixels, tokens = features[0], features[1].to(compute_dtype(*features))
-        # Nothing is normalised without a query; with an eps of one constant pixels stay finite.
+        pixels, tokens = flatten_features(image_embedding, mask_tokens, dim)
+        tokens = tokens.to(compute_dtype(pixels, tokens))
+        # A query of zeros leaves the residual alone. An eps of one keeps 1 / deviation finite where
+        # a pixel is constant.
         no_query, no_offset = torch.zeros_like(tokens), tokens.new_zeros(tokens.shape[:2])
         return unit_length(relation_scores(pixels, no_query, tokens, no_offset, eps=1.0))
 
@@ -126,13 +126,13 @@ class DotProductRelation(nn.Module):
 def flatten_features(
     image_embedding: Tensor, mask_tokens: Tensor, dim: int, *, owner: str = ""
 ) -> tuple[Tensor, Tensor]:
-    """Features in any layout as `(B, P, D)` pixels and `(B, N, D)` tokens.
+    """Return features of any layout as `(B, P, D)` pixels and `(B, N, D)` tokens.
 
     Args:
         image_embedding: `(B, D, H, W)`, `(B, H, W, D)` or `(B, P, D)`.
         mask_tokens: `(B, N, D)` or `(B, D)`.
         dim: number of channels :math:`D`.
-        owner: whose features they are, for the messages, such as `"teacher "`.
+        owner: whose features they are, for the messages: `"teacher "`, `"student "` or nothing.
 
     Raises:
         TypeError: a feature is not a floating-point tensor.

@@ -1,146 +1,164 @@
-"""Which route serves which entropies: a table of it is in the README."""
+"""Which route serves which entropies."""
 
 from collections.abc import Sequence
-from functools import reduce
-from operator import mul
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from renyi_kd._precision import compute_dtype, ieee_dtype
-from renyi_kd.information.routes.eigenvalues import (
-    Method,
-    choose_method,
-    spectral_entropy,
-    trace_one,
+from renyi_kd.information.kernels import joint_gram
+from renyi_kd.information.routes.dual import (
+    dual_error,
+    dual_matrix,
+    has_dual,
+    order_2_entropy_of_dual,
 )
-from renyi_kd.information.routes.frobenius import Subset, entropies_by_tiles
-from renyi_kd.information.routes.lanczos import estimated_entropy, estimated_entropy_of_samples
-from renyi_kd.information.routes.powers import entropy_by_powers
-from renyi_kd.information.routes.quadrature import Lanczos
-from renyi_kd.information.routes.tiles import Progress, streamed_entropies
-from renyi_kd.information.samples import SampleGram, entropy_of_dual, has_dual
+from renyi_kd.information.routes.eigenvalues import entropy_from_eigenvalues
+from renyi_kd.information.routes.frobenius import (
+    Subset,
+    entropies_of_matrices,
+    entropies_of_samples,
+)
+from renyi_kd.information.routes.powers import MAX_POWER, entropy_by_powers, trace_of_power
+from renyi_kd.information.routes.tiles import Progress
+from renyi_kd.information.samples import Gram, SampleGram, as_matrix
 
-# From this n on, routes with few passes over a matrix and no copies of it are faster, and samples
-# need no matrix.
+Method: TypeAlias = Literal["frobenius", "power", "eigvalsh"]
+
+# From this n on it is faster to go through a matrix tile by tile, without copies of it, and kernels
+# of samples need no matrix.
 LARGE = 512
 
-# The largest order whose products may be float32: eigenvalues from 1 / sqrt(n) to sqrt(n), to this
-# power, stay within its range.
+# The largest order whose products may be float32. Eigenvalues between 1 / sqrt(n) and sqrt(n) stay
+# within its range when they are raised to this power.
 _MAX_FLOAT32_POWER = 8
 
 
-def entropies_in_bits(
-    grams: Sequence[Tensor | SampleGram],
+def choose_method(alpha: float, method: Method | None) -> Method:
+    """Return `method` if it can serve this order; without one, the cheapest that can.
+
+    Raises:
+        ValueError: `method` is unknown, or cannot serve `alpha`.
+    """
+    integer = 2 <= alpha <= MAX_POWER and alpha == int(alpha)
+    if method is None:
+        return "frobenius" if alpha == 2 else "power" if integer else "eigvalsh"
+    if method not in get_args(Method):
+        raise ValueError(
+            f"`method` must be one of {', '.join(map(repr, get_args(Method)))}, got {method!r}. "
+            f"For an estimate by Lanczos quadrature call renyi_entropy_estimate."
+        )
+    if method == "frobenius" and alpha != 2:
+        raise ValueError(
+            f"`method` 'frobenius' needs alpha = 2, got alpha = {alpha}. "
+            f"Use 'eigvalsh', or None to choose."
+        )
+    if method == "power" and not integer:
+        raise ValueError(
+            f"`method` 'power' needs an integer alpha from 2 to {MAX_POWER}, got alpha = {alpha}. "
+            f"Use 'eigvalsh', or None to choose."
+        )
+    return method
+
+
+def trace_one_entropy(
+    matrix: Tensor, alpha: float, method: Method | None = None, *, epsilon: float
+) -> Tensor:
+    """Return the Rényi entropy of matrices of trace one, in bits.
+
+    Args:
+        matrix: symmetric positive semi-definite, of trace one, float64, shape `(..., n, n)`.
+        alpha: order > 0, 1 and infinity included.
+        method: see `renyi_entropy`.
+        epsilon: relative rounding error of the entries, see `entropy_from_eigenvalues`.
+
+    Returns:
+        Entropy in bits, float64, shape `(...)`.
+    """
+    if choose_method(alpha, method) == "eigvalsh":
+        return entropy_from_eigenvalues(matrix, alpha, epsilon=epsilon)
+    return trace_of_power(matrix, int(alpha)).log2() / (1 - alpha)
+
+
+def joint_entropies(
+    grams: Sequence[Gram],
     subsets: Sequence[Subset],
     alpha: float,
-    method: Method | Lanczos | None,
+    method: Method | None,
     progress: Progress | None,
-) -> tuple[list[Tensor], list[Tensor] | None]:
-    """Joint entropies of subsets of Gram matrices, and their standard errors if they are estimates.
+) -> list[Tensor]:
+    """Return joint entropies of subsets of Gram matrices, each by the first route that serves.
 
     Args:
         grams: `n x n` each; leading dimensions broadcast.
-        subsets: for each entropy the indices of the matrices whose joint it is of.
+        subsets: for each entropy the numbers of the matrices it is of.
         alpha: Rényi order.
         method: see `renyi_entropy`.
         progress: see `renyi_entropy`.
 
     Returns:
-        Entropies in bits, float64, shape `(...)` each; errors likewise, or None.
+        Entropies in bits, float64, shape `(...)` each.
     """
-    if method == "lanczos":
-        method = Lanczos()
-    if isinstance(method, Lanczos):
-        method.sizes(alpha, grams[0].shape[-1])
-        groups = [[grams[v] for v in subset] for subset in subsets]
-        pairs = [_estimate(group, alpha, method, progress) for group in groups]
-        return [bits for bits, _ in pairs], [error for _, error in pairs]
-
     method = choose_method(alpha, method)
     found: dict[Subset, Tensor] = {}
     for subset in subsets:
-        samples = [x for x in (grams[v] for v in subset) if isinstance(x, SampleGram)]
+        samples = [gram for gram in (grams[v] for v in subset) if isinstance(gram, SampleGram)]
         if len(samples) == len(subset) and has_dual(samples):
-            found[subset] = entropy_of_dual(samples, alpha, method)
+            found[subset] = _entropy_by_dual(samples, alpha, method)
     rest = [subset for subset in subsets if subset not in found]
     if rest:
-        used = sorted({v for subset in rest for v in subset})
-        renamed = [tuple(used.index(v) for v in subset) for subset in rest]
-        entropies = _without_dual([grams[v] for v in used], renamed, alpha, method, progress)
+        # Without those that only a dual needed, which may be too many for a matrix.
+        needed = sorted({v for subset in rest for v in subset})
+        renumbered = [tuple(needed.index(v) for v in subset) for subset in rest]
+        entropies = _entropies_without_dual(
+            [grams[v] for v in needed], renumbered, alpha, method, progress
+        )
         found.update(zip(rest, entropies, strict=True))
-    return [found[subset] for subset in subsets], None
+    return [found[subset] for subset in subsets]
 
 
-def _estimate(
-    grams: Sequence[Tensor | SampleGram], alpha: float, options: Lanczos, progress: Progress | None
-) -> tuple[Tensor, Tensor]:
-    samples = _of_one_shape([x for x in grams if isinstance(x, SampleGram)])
-    if len(samples) == len(grams):
-        return estimated_entropy_of_samples(samples, alpha, options, progress)
-    matrices = _matrices(grams)
-    if len(matrices) == 1:
-        return estimated_entropy(matrices[0], alpha, options)
-    matrix = reduce(mul, map(trace_one, matrices)).to(compute_dtype(*matrices))
-    return estimated_entropy(matrix, alpha, options)
+def _entropy_by_dual(grams: Sequence[SampleGram], alpha: float, method: Method) -> Tensor:
+    dual = dual_matrix(grams)
+    if method == "frobenius":
+        return order_2_entropy_of_dual(dual)
+    return trace_one_entropy(dual, alpha, method, epsilon=dual_error(grams))
 
 
-def _without_dual(
-    grams: Sequence[Tensor | SampleGram],
+def _entropies_without_dual(
+    grams: Sequence[Gram],
     subsets: Sequence[Subset],
     alpha: float,
     method: Method,
     progress: Progress | None,
 ) -> Sequence[Tensor]:
     large = grams[0].shape[-1] >= LARGE
-    samples = [x for x in grams if isinstance(x, SampleGram)]
+    samples = [gram for gram in grams if isinstance(gram, SampleGram)]
     if method == "frobenius" and large and len(samples) == len(grams):
-        return streamed_entropies(_of_one_shape(samples), subsets, progress).unbind()
-    matrices = _matrices(grams)
-    # What torch.compile makes of the plain operators needs no tiles.
+        return entropies_of_samples(samples, subsets, progress).unbind()
+    matrices = [as_matrix(gram) for gram in grams]
+    # torch.compile fuses the plain operators, which is as good as going by tiles.
     large = large and not torch.compiler.is_compiling()
-    if method == "frobenius" and large and len({x.shape for x in matrices}) == 1:
-        return entropies_by_tiles(matrices, subsets).unbind()
-    # Samples are what they are, but entries have been rounded.
-    epsilons = [
-        torch.finfo(torch.float64 if isinstance(x, SampleGram) else compute_dtype(x)).eps
-        for x in grams
+    if method == "frobenius" and large and len({matrix.shape for matrix in matrices}) == 1:
+        return entropies_of_matrices(matrices, subsets).unbind()
+    errors = [
+        # Samples are taken as they are; the entries of a given matrix have been rounded.
+        torch.finfo(torch.float64 if isinstance(gram, SampleGram) else compute_dtype(gram)).eps
+        for gram in grams
     ]
-    return [
-        _entropy(
-            [matrices[v] for v in subset],
-            alpha,
-            method,
-            epsilon=max(epsilons[v] for v in subset),
-            large=large,
-        )
-        for subset in subsets
-    ]
+    entropies = []
+    for subset in subsets:
+        if method == "power" and large and len(subset) == 1:
+            entropies.append(_entropy_of_large_matrix(matrices[subset[0]], int(alpha)))
+        else:
+            joint = joint_gram([matrices[v] for v in subset])
+            epsilon = max(errors[v] for v in subset)
+            entropies.append(trace_one_entropy(joint, alpha, method, epsilon=epsilon))
+    return entropies
 
 
-def _entropy(
-    grams: Sequence[Tensor], alpha: float, method: Method, *, epsilon: float, large: bool
-) -> Tensor:
-    if method == "power" and large and len(grams) == 1:
-        products = ieee_dtype(grams[0].dtype, grams[0].device)
-        if alpha > _MAX_FLOAT32_POWER:
-            products = torch.float64
-        return entropy_by_powers(grams[0], int(alpha), products)
-    joint = trace_one(grams[0])
-    if len(grams) > 1:
-        joint = trace_one(reduce(mul, map(trace_one, grams[1:]), joint))
-    return spectral_entropy(joint, alpha, method, epsilon=epsilon)
-
-
-def _matrices(grams: Sequence[Tensor | SampleGram]) -> list[Tensor]:
-    return [x.matrix() if isinstance(x, SampleGram) else x.to(compute_dtype(x)) for x in grams]
-
-
-def _of_one_shape(grams: Sequence[SampleGram]) -> list[SampleGram]:
-    batch = torch.broadcast_shapes(*(x.shape[:-2] for x in grams))  # type: ignore[no-untyped-call]
-    return [
-        x  # the usual case, for which no kernel is checked again
-        if x.shape[:-2] == batch
-        else SampleGram(x.x.expand(*batch, *x.x.shape[-2:]), x.kernel, **x.options)
-        for x in grams
-    ]
+def _entropy_of_large_matrix(matrix: Tensor, alpha: int) -> Tensor:
+    products = ieee_dtype(matrix.dtype, matrix.device)
+    return entropy_by_powers(
+        matrix, alpha, products if alpha <= _MAX_FLOAT32_POWER else torch.float64
+    )

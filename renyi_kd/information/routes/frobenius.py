@@ -1,10 +1,11 @@
-r"""Order 2 by the Frobenius norms of large Hadamard products, one tile after the other.
+r"""Order 2 by the Frobenius norms of large Hadamard products, tile by tile (InfoSAM, Eq. 22).
 
 .. math:: S_2(K_1, \dots, K_k) = -\log_2 \frac{\lVert K_1 \circ \dots \circ K_k \rVert_F^2}
     {(\operatorname{tr} K_1 \circ \dots \circ K_k)^2}
 
-Tiles above the diagonal stand for those below it too, and each is read once for all the entropies
-that are asked for. Nothing of the size of a matrix is written but the gradients.
+A joint entropy is written as the subset of the matrices it is of. All the entropies that are asked
+for are summed up in one pass, which reads or evaluates each matrix once. Nothing as large as a
+matrix is written but the gradient of one that is given as a matrix.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,67 +16,154 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from renyi_kd._autograd import first_derivative_only
+from renyi_kd.information.routes.tiles import (
+    Evaluate,
+    Progress,
+    each_tile,
+    gradients_of_samples,
+    put_together,
+    rows_and_columns,
+    sample_matrices,
+    upper_tiles,
+)
+from renyi_kd.information.samples import SampleGram
+
+# The numbers of the matrices whose joint entropy is meant.
 Subset: TypeAlias = tuple[int, ...]
 
-# Small enough for a core's cache in float64, with a few products.
-_TILE = 256
+# The width of a tile of given matrices: some of them and their products, in float64, should fit
+# into the cache of a core.
+_WIDTH = 256
 
 
-def entropies_by_tiles(grams: Sequence[Tensor], subsets: Sequence[Subset]) -> Tensor:
-    """Entropies of order 2 of large Gram matrices and of their joints.
+def entropies_of_matrices(grams: Sequence[Tensor], subsets: Sequence[Subset]) -> Tensor:
+    """Return joint entropies of order 2 of large Gram matrices.
 
     Args:
-        grams: positive semi-definite, all of one shape `(..., n, n)`. Symmetric parts are taken.
-        subsets: for each entropy the indices of the matrices whose joint it is of.
+        grams: positive semi-definite, all of one shape `(..., n, n)`. The symmetric part of each is
+            taken.
+        subsets: for each entropy the numbers of the matrices it is of.
 
     Returns:
         Entropies in bits, float64, shape `(len(subsets), ...)`. They have second derivatives.
     """
-    norms, traces = _HadamardNorms.apply(subsets, *grams)
-    return entropies_from_norms(norms, traces)
+    norms, traces = _NormsAndTraces.apply(subsets, *grams)
+    return _entropies_from_norms(norms, traces)
 
 
-def entropies_from_norms(squared_norms: Tensor, traces: Tensor) -> Tensor:
-    r""":math:`-\log_2 (\lVert K \rVert_F^2 / (\operatorname{tr} K)^2)`, 0 for a zero matrix."""
+def entropies_of_samples(
+    grams: Sequence[SampleGram], subsets: Sequence[Subset], progress: Progress | None
+) -> Tensor:
+    """Return joint entropies of order 2 of kernels of many samples.
+
+    Args:
+        grams: of the same number of samples; leading dimensions broadcast.
+        subsets: for each entropy the numbers of the kernels it is of.
+        progress: see `renyi_entropy`.
+
+    Returns:
+        Entropies in bits, float64, shape `(len(subsets), ...)`. They have no second derivative.
+    """
+    matrices, diagonals = sample_matrices(grams)
+    evaluate = [matrix.evaluate for matrix in matrices]
+    norms = _NormsOfSamples.apply(subsets, evaluate, progress, *rows_and_columns(matrices))
+    traces = [hadamard_product(diagonals, subset).sum(dim=-1) for subset in subsets]
+    return _entropies_from_norms(norms, torch.stack(traces))
+
+
+def hadamard_product(values: Sequence[Tensor], subset: Iterable[int]) -> Tensor:
+    """Return the entrywise product of the values with these numbers."""
+    return reduce(mul, (values[v] for v in subset))
+
+
+def _entropies_from_norms(squared_norms: Tensor, traces: Tensor) -> Tensor:
     zero = (squared_norms == 0) & (traces == 0)
     ratio = torch.where(zero, 1.0, squared_norms) / torch.where(zero, 1.0, traces).square()
     return -ratio.log2()
 
 
-def joint(values: Sequence[Tensor], subset: Iterable[int]) -> Tensor:
-    """Hadamard product of the named ones."""
-    return reduce(mul, (values[v] for v in subset))
-
-
-def squared_norms(tiles: Sequence[Tensor], subsets: Sequence[Subset]) -> Tensor:
-    """Squared Frobenius norm of each joint of `tiles`, shape `(len(subsets), ...)`."""
-    products = [joint(tiles, subset).flatten(-2) for subset in subsets]
+def _squared_norms(tiles: Sequence[Tensor], subsets: Sequence[Subset]) -> Tensor:
+    """Return the squared norm of each Hadamard product of `tiles`, shape `(len(subsets), ...)`."""
+    products = [hadamard_product(tiles, subset).flatten(-2) for subset in subsets]
     return torch.stack([torch.linalg.vecdot(product, product) for product in products])
 
 
-def norm_gradients(
-    tiles: Sequence[Tensor], subsets: Sequence[Subset], of_norms: Tensor, wanted: Iterable[int]
+def _gradients_of_tiles(
+    tiles: Sequence[Tensor],
+    subsets: Sequence[Subset],
+    grad_norms: Tensor,
+    wanted: Iterable[int],
 ) -> dict[int, Tensor]:
-    """Gradients of the tiles that are `wanted`, from those of their `squared_norms`."""
+    """Return the gradients of the `wanted` tiles, from those of their `_squared_norms`."""
+    # The square of a product is the product of squares, and the derivative of a square is twice the
+    # tile.
     squares = [tile.square() for tile in tiles] if len(tiles) > 1 else tiles
-    of_squares = of_norms[..., None, None]
-    return {v: _derivative(v, squares, subsets, 2 * of_squares) * tiles[v] for v in wanted}
+    grad_products = 2 * grad_norms[..., None, None]
+    return {v: _derivative(v, squares, subsets, grad_products) * tiles[v] for v in wanted}
 
 
-def tiles_of_triangle(n: int, tile: int) -> list[tuple[slice, slice]]:
-    """The tiles on and above the diagonal, as slices of rows and columns."""
-    starts = range(0, n, tile)
-    return [(slice(i, i + tile), slice(j, j + tile)) for i in starts for j in starts if i <= j]
+def _derivative(
+    v: int, factors: Sequence[Tensor], subsets: Sequence[Subset], grad_products: Tensor
+) -> Tensor:
+    """Return the gradient of factor `v`, from those of the products over `subsets`."""
+    total = torch.zeros_like(grad_products[0])
+    for grad_product, subset in zip(grad_products, subsets, strict=True):
+        others = [u for u in subset if u != v]
+        if others and v in subset:
+            total = total.addcmul(hadamard_product(factors, others), grad_product)
+        elif v in subset:
+            total = total + grad_product
+    return total
 
 
-class _HadamardNorms(torch.autograd.Function):
-    """Squared Frobenius norms and traces of the joints of scaled matrices."""
+class _NormsOfSamples(torch.autograd.Function):
+    """The squared norms of Hadamard products of matrices made from samples."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        subsets: Sequence[Subset],
+        evaluate: Sequence[Evaluate],
+        progress: Progress | None,
+        *samples: Tensor,
+    ) -> Tensor:
+        ctx.subsets, ctx.evaluate, ctx.progress = subsets, evaluate, progress
+        ctx.save_for_backward(*samples)
+        norms = samples[0].new_zeros(len(subsets), *samples[0].shape[:-2])
+        for i, j, tiles in each_tile(put_together(samples, evaluate), progress):
+            norms += (1 if i == j else 2) * _squared_norms(tiles, subsets)
+        return norms
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, grad_norms: Tensor) -> tuple[Tensor | None, ...]:
+        def gradients_of_entries(
+            tiles: list[Tensor], i: slice, j: slice, wanted: list[int]
+        ) -> list[Tensor]:
+            counted = grad_norms if i == j else 2 * grad_norms
+            return list(_gradients_of_tiles(tiles, ctx.subsets, counted, wanted).values())
+
+        matrices = put_together(ctx.saved_tensors, ctx.evaluate)
+        needed = ctx.needs_input_grad[3:]
+        gradients = gradients_of_samples(matrices, gradients_of_entries, needed, ctx.progress)
+        return None, None, None, *gradients
+
+
+class _NormsAndTraces(torch.autograd.Function):
+    """The squared norms and the traces of Hadamard products of given matrices, scaled."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(subsets: Sequence[Subset], *grams: Tensor) -> tuple[Tensor, Tensor]:
-        return _norms_and_traces(grams, subsets)
+        scaled = _Scaled(grams)
+        traces = [hadamard_product(scaled.diagonals(), subset).sum(dim=-1) for subset in subsets]
+        norms = [
+            (1 if i == j else 2) * _squared_norms(scaled.tiles(i, j), subsets)
+            for i, j in upper_tiles(grams[0].shape[-1], _WIDTH)
+        ]
+        return reduce(add, norms), torch.stack(traces)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -83,47 +171,34 @@ class _HadamardNorms(torch.autograd.Function):
         ctx.save_for_backward(*grams)
 
     @staticmethod
-    def backward(ctx: Any, *of_results: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grams = ctx.saved_tensors
         wanted = [v for v, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
-        if torch.is_grad_enabled():  # for a second derivative
-            gradients = _gradients_at_once(grams, ctx.subsets, wanted, *of_results)
-        else:
-            gradients = _gradients(grams, ctx.subsets, wanted, *of_results)
+        # With a graph, that is for a second derivative, whole matrices are needed.
+        gradients_of = _gradients_at_once if torch.is_grad_enabled() else _gradients_by_tiles
+        gradients = gradients_of(grams, ctx.subsets, wanted, *grad_outputs)
         return None, *(gradients.get(v) for v in range(len(grams)))
 
 
-def _norms_and_traces(grams: Sequence[Tensor], subsets: Sequence[Subset]) -> tuple[Tensor, Tensor]:
-    scaling = _scaling(grams)
-    diagonals = _diagonals(grams, scaling)
-    traces = torch.stack([joint(diagonals, subset).sum(dim=-1) for subset in subsets])
-    norms = [
-        (1 if i == j else 2) * squared_norms(_tiles(grams, scaling, i, j), subsets)
-        for i, j in tiles_of_triangle(grams[0].shape[-1], _TILE)
-    ]
-    return reduce(add, norms), traces
-
-
-def _gradients(
+def _gradients_by_tiles(
     grams: Sequence[Tensor],
     subsets: Sequence[Subset],
     wanted: Sequence[int],
-    of_norms: Tensor,
-    of_traces: Tensor,
+    grad_norms: Tensor,
+    grad_traces: Tensor,
 ) -> dict[int, Tensor]:
-    scaling = _scaling(grams)
+    scaled = _Scaled(grams)
     gradients = {v: torch.empty_like(grams[v]) for v in wanted}
-    for i, j in tiles_of_triangle(grams[0].shape[-1], _TILE):
-        tiles = _tiles(grams, scaling, i, j)
-        of_tiles = norm_gradients(tiles, subsets, of_norms, wanted)
+    for i, j in upper_tiles(grams[0].shape[-1], _WIDTH):
+        grad_tiles = _gradients_of_tiles(scaled.tiles(i, j), subsets, grad_norms, wanted)
         for v, gradient in gradients.items():
-            of_tile = of_tiles[v] * scaling[v][0]
-            gradient[..., i, j] = of_tile
-            gradient[..., j, i] = of_tile.mT
-    diagonals = _diagonals(grams, scaling)
+            grad_tile = grad_tiles[v] * scaled.scales[v]
+            gradient[..., i, j] = grad_tile
+            gradient[..., j, i] = grad_tile.mT
+    diagonals = scaled.diagonals()
     for v, gradient in gradients.items():
-        of_diagonal = _derivative(v, diagonals, subsets, of_traces[..., None])
-        gradient.diagonal(dim1=-2, dim2=-1).add_(scaling[v][0].squeeze(-1) * of_diagonal)
+        grad_diagonal = _derivative(v, diagonals, subsets, grad_traces[..., None])
+        gradient.diagonal(dim1=-2, dim2=-1).add_(scaled.scales[v].squeeze(-1) * grad_diagonal)
     return gradients
 
 
@@ -131,70 +206,56 @@ def _gradients_at_once(
     grams: Sequence[Tensor],
     subsets: Sequence[Subset],
     wanted: Sequence[int],
-    of_norms: Tensor,
-    of_traces: Tensor,
+    grad_norms: Tensor,
+    grad_traces: Tensor,
 ) -> dict[int, Tensor]:
-    """As `_gradients`, by operators that can be differentiated and mapped over."""
-    scaling = _scaling(grams)
-    matrices = _tiles(grams, scaling, slice(None), slice(None))
-    of_matrices = norm_gradients(matrices, subsets, of_norms, wanted)
-    diagonals = _diagonals(grams, scaling)
+    """Do what `_gradients_by_tiles` does, by operators that can be differentiated again."""
+    scaled = _Scaled(grams)
+    matrices = scaled.tiles(slice(None), slice(None))
+    grad_matrices = _gradients_of_tiles(matrices, subsets, grad_norms, wanted)
+    diagonals = scaled.diagonals()
     gradients = {}
     for v in wanted:
-        of_diagonal = _derivative(v, diagonals, subsets, of_traces[..., None])
-        of_diagonal = torch.diag_embed(of_diagonal.expand_as(diagonals[v]))
-        gradient = (of_matrices[v] + of_diagonal) * scaling[v][0]
+        grad_diagonal = _derivative(v, diagonals, subsets, grad_traces[..., None])
+        grad_diagonal = torch.diag_embed(grad_diagonal.expand_as(diagonals[v]))
+        gradient = (grad_matrices[v] + grad_diagonal) * scaled.scales[v]
         gradients[v] = gradient.to(grams[v].dtype)
     return gradients
 
 
-def _derivative(
-    v: int, factors: Sequence[Tensor], subsets: Sequence[Subset], of_products: Tensor
-) -> Tensor:
-    """Gradient of factor `v` of the products over `subsets`, from the gradients of the products."""
-    total = torch.zeros_like(of_products[0])
-    for of_product, subset in zip(of_products, subsets, strict=True):
-        others = [u for u in subset if u != v]
-        if others and v in subset:
-            total = total.addcmul(joint(factors, others), of_product)
-        elif v in subset:
-            total = total + of_product
-    return total
+class _Scaled:
+    """The symmetric parts of Gram matrices, in float64, each scaled and shifted.
 
-
-def _scaling(grams: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """For each matrix a factor and a shift, constants whose choice no entropy depends on.
-
-    The factor makes the trace n, so that no product leaves the range of float64. The shift makes a
-    zero matrix all ones, the limit of adding a constant.
+    Scale and shift are constants, on whose choice no entropy depends. The scale makes each trace n,
+    so that no product leaves the range of float64. The shift makes a zero matrix one of equal
+    entries, which is the limit of adding a constant.
     """
-    scaling = []
-    for gram in grams:
-        trace = gram.detach().diagonal(dim1=-2, dim2=-1).sum(dim=-1, dtype=torch.float64)
-        zero = trace[..., None, None] == 0
-        scaling.append(
-            (gram.shape[-1] / torch.where(zero, 1.0, trace[..., None, None]), zero.double())
-        )
-    return scaling
 
+    def __init__(self, grams: Sequence[Tensor]) -> None:
+        self.grams = grams
+        self.scales: list[Tensor] = []
+        self.shifts: list[Tensor] = []
+        for gram in grams:
+            diagonal = gram.detach().diagonal(dim1=-2, dim2=-1)
+            trace = diagonal.sum(dim=-1, dtype=torch.float64)[..., None, None]
+            zero = trace == 0
+            self.scales.append(gram.shape[-1] / torch.where(zero, 1.0, trace))
+            self.shifts.append(zero.double())
 
-def _diagonals(grams: Sequence[Tensor], scaling: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    return [
-        _scaled(gram.diagonal(dim1=-2, dim2=-1).double(), scale[..., 0], shift[..., 0], len(grams))
-        for gram, (scale, shift) in zip(grams, scaling, strict=True)
-    ]
+    def diagonals(self) -> list[Tensor]:
+        """Return the diagonals, shape `(..., n)` each."""
+        return [
+            self._shifted(gram.diagonal(dim1=-2, dim2=-1).double() * scale[..., 0], shift[..., 0])
+            for gram, scale, shift in zip(self.grams, self.scales, self.shifts, strict=True)
+        ]
 
+    def tiles(self, i: slice, j: slice) -> list[Tensor]:
+        """Return the entries in rows `i` and columns `j` of each matrix."""
+        return [
+            self._shifted((gram[..., i, j] + gram[..., j, i].mT).double() * (scale / 2), shift)
+            for gram, scale, shift in zip(self.grams, self.scales, self.shifts, strict=True)
+        ]
 
-def _tiles(
-    grams: Sequence[Tensor], scaling: Sequence[tuple[Tensor, Tensor]], i: slice, j: slice
-) -> list[Tensor]:
-    """Tiles of the symmetric parts, scaled and shifted, float64."""
-    return [
-        _scaled((gram[..., i, j] + gram[..., j, i].mT).double(), scale / 2, shift, len(grams))
-        for gram, (scale, shift) in zip(grams, scaling, strict=True)
-    ]
-
-
-def _scaled(entries: Tensor, scale: Tensor, shift: Tensor, count: int) -> Tensor:
-    # By itself a zero matrix needs no shift, and no pass over the entries for it.
-    return entries * scale + shift if count > 1 else entries * scale
+    def _shifted(self, entries: Tensor, shift: Tensor) -> Tensor:
+        # A zero matrix by itself needs no shift, and a pass over the entries is saved.
+        return entries + shift if len(self.grams) > 1 else entries

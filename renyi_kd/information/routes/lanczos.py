@@ -1,7 +1,7 @@
-"""Entropies by `quadrature`: of a matrix, and of kernels of samples tile by tile."""
+"""Entropies by Lanczos quadrature, of a matrix and of kernels of samples tile by tile."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,52 +9,61 @@ from torch import Tensor
 
 from renyi_kd._autograd import first_derivative_only
 from renyi_kd._precision import compute_dtype, ieee_dtype
-from renyi_kd.information.routes.frobenius import joint
-from renyi_kd.information.routes.quadrature import Lanczos, PowerTrace, power_trace
-from renyi_kd.information.routes.tiles import Progress, assemble, each_tile, ends_of, pull_back
+from renyi_kd.information.routes.frobenius import hadamard_product
+from renyi_kd.information.routes.quadrature import PowerTrace, Vectors, power_trace
+from renyi_kd.information.routes.tiles import (
+    Evaluate,
+    Progress,
+    each_tile,
+    gradients_of_samples,
+    put_together,
+    rows_and_columns,
+    sample_matrices,
+)
 from renyi_kd.information.samples import SampleGram
 
 
-def estimated_entropy(gram: Tensor, alpha: float, options: Lanczos) -> tuple[Tensor, Tensor]:
-    """Entropy of a symmetric matrix of shape `(..., n, n)` and its standard error.
+def estimate_of_matrix(gram: Tensor, alpha: float, vectors: Vectors) -> tuple[Tensor, Tensor]:
+    """Return the entropy of a symmetric matrix of shape `(..., n, n)` and its standard error.
 
-    Both in bits, float64, shape `(...)`. They have no second derivative, the error none at all.
+    Both are in bits, float64, of shape `(...)`. The entropy has no second derivative, and the error
+    has none at all.
     """
-    bits, error = _OfMatrix.apply(gram, alpha, options)
+    bits, error = _EstimateOfMatrix.apply(gram, alpha, vectors)
     return bits, error
 
 
-def estimated_entropy_of_samples(
-    grams: Sequence[SampleGram], alpha: float, options: Lanczos, progress: Progress | None
+def estimate_of_samples(
+    grams: Sequence[SampleGram], alpha: float, vectors: Vectors, progress: Progress | None
 ) -> tuple[Tensor, Tensor]:
-    """As `estimated_entropy`, of the joint of kernels of samples, all of one shape."""
-    tiles = [gram.tiles() for gram in grams]
-    trace = joint([x.diagonal for x in tiles], range(len(grams))).sum(dim=-1)
-    bits, error = _OfSamples.apply(
-        alpha, options, [x.evaluate for x in tiles], progress, trace, *ends_of(tiles)
+    """Return the same of the joint of kernels of samples, whose leading dimensions broadcast."""
+    matrices, diagonals = sample_matrices(grams)
+    trace = hadamard_product(diagonals, range(len(grams))).sum(dim=-1)
+    evaluate = [matrix.evaluate for matrix in matrices]
+    bits, error = _EstimateOfSamples.apply(
+        alpha, vectors, evaluate, progress, trace, *rows_and_columns(matrices)
     )
     return bits, error
 
 
-class _OfMatrix(torch.autograd.Function):
+class _EstimateOfMatrix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gram: Tensor, alpha: float, options: Lanczos) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, gram: Tensor, alpha: float, vectors: Vectors) -> tuple[Tensor, Tensor]:
         dtype = ieee_dtype(compute_dtype(gram), gram.device)
         matrix = gram.to(dtype)
         trace = matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1, dtype=torch.float64)
         scale = _reciprocal(trace)
-        # Squares in float32 are enough, unless out of its range.
+        # The squares may be summed in float32, unless they leave its range.
         mean = trace / matrix.shape[-1]
-        ordinary = bool(((mean > 1e-12) & (mean < 1e12)).all())
-        precision = None if ordinary else torch.float64
-        rows = torch.linalg.vector_norm(matrix, dim=-1, dtype=precision).double()
-        squared_norm = (rows * scale[..., None]).square().sum(dim=-1)
+        in_range = bool(((mean > 1e-12) & (mean < 1e12)).all())
+        norms = torch.linalg.vector_norm(matrix, dim=-1, dtype=None if in_range else torch.float64)
+        squared_norm = (norms.double() * scale[..., None]).square().sum(dim=-1)
 
-        def product(vectors: Tensor) -> Tensor:
-            return (matrix @ vectors) * scale.to(dtype)[..., None, None]
+        def product(block: Tensor) -> Tensor:
+            return (matrix @ block) * scale.to(dtype)[..., None, None]
 
         with torch.autocast(gram.device.type, enabled=False):
-            estimate = power_trace(product, squared_norm, alpha, matrix[..., :1], options)
+            estimate = power_trace(product, squared_norm, alpha, matrix[..., :1], vectors)
         ctx.alpha = alpha
         ctx.save_for_backward(gram, scale, *estimate)
         bits, error = _in_bits(estimate, alpha, trace)
@@ -63,76 +72,88 @@ class _OfMatrix(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        gram, scale, *factors = ctx.saved_tensors
-        estimate = PowerTrace(*factors)
-        of_power, of_trace = _slopes(grad, estimate, ctx.alpha, scale)
-        left, right = _symmetric_factors(estimate, of_power)
+    def backward(ctx: Any, grad_bits: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        gram, scale, *saved = ctx.saved_tensors
+        estimate = PowerTrace(*saved)
+        grad_power, grad_trace = _gradients_of_power_and_trace(
+            grad_bits, estimate, ctx.alpha, scale
+        )
+        left, right = _symmetric_factors(estimate, grad_power)
         with torch.autocast(gram.device.type, enabled=False):
             gradient = left @ right.mT
-        gradient += gram * (of_power * estimate.slope * scale).to(gradient.dtype)[..., None, None]
-        diagonal = of_power * estimate.constant + of_trace
-        gradient.diagonal(dim1=-2, dim2=-1).add_(diagonal[..., None])
+        line = (grad_power * estimate.slope * scale).to(gradient.dtype)
+        gradient += gram * line[..., None, None]
+        grad_diagonal = grad_power * estimate.constant + grad_trace
+        gradient.diagonal(dim1=-2, dim2=-1).add_(grad_diagonal[..., None])
         return gradient.to(gram.dtype), None, None
 
 
-class _OfSamples(torch.autograd.Function):
+class _EstimateOfSamples(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         alpha: float,
-        options: Lanczos,
-        evaluate: Sequence[Callable[[Tensor, Tensor], Tensor]],
+        vectors: Vectors,
+        evaluate: Sequence[Evaluate],
         progress: Progress | None,
         trace: Tensor,
-        *ends: Tensor,
+        *samples: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        matrices, everything = assemble(evaluate, ends), range(len(evaluate))
+        matrices, all_of_them = put_together(samples, evaluate), range(len(evaluate))
         scale = _reciprocal(trace)
         squared_norm = torch.zeros_like(trace)
 
-        def product(vectors: Tensor) -> Tensor:
-            image, norm = torch.zeros_like(vectors), torch.zeros_like(trace)
+        def product(block: Tensor) -> Tensor:
+            """Multiply, and fill in the squared norm on the way."""
+            image, square = torch.zeros_like(block), torch.zeros_like(trace)
             for i, j, entries in each_tile(matrices, progress):
-                tile = joint(entries, everything)
-                image[..., i, :] += tile @ vectors[..., j, :]
+                tile = hadamard_product(entries, all_of_them)
+                image[..., i, :] += tile @ block[..., j, :]
                 if i != j:
-                    image[..., j, :] += tile.mT @ vectors[..., i, :]
-                norm += (1 if i == j else 2) * tile.square().sum(dim=(-2, -1))
-            squared_norm.copy_(norm * scale * scale)
+                    image[..., j, :] += tile.mT @ block[..., i, :]
+                square += (1 if i == j else 2) * tile.square().sum(dim=(-2, -1))
+            squared_norm.copy_(square * scale * scale)
             return image * scale[..., None, None]
 
-        estimate = power_trace(product, squared_norm, alpha, ends[0], options)
+        estimate = power_trace(product, squared_norm, alpha, samples[0], vectors)
         ctx.alpha, ctx.evaluate, ctx.progress = alpha, evaluate, progress
-        ctx.save_for_backward(scale, *estimate, *ends)
+        ctx.save_for_backward(scale, *estimate, *samples)
         bits, error = _in_bits(estimate, alpha, trace)
         ctx.mark_non_differentiable(error)
         return bits, error
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(PowerTrace._fields)
+    def backward(ctx: Any, grad_bits: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         scale, *saved = ctx.saved_tensors
-        estimate, ends = PowerTrace(*saved[:count]), saved[count:]
-        of_power, of_trace = _slopes(grad, estimate, ctx.alpha, scale)
-        left, right = _symmetric_factors(estimate, of_power)
-        slope = (of_power * estimate.slope * scale)[..., None, None]
-        constant = (of_power * estimate.constant)[..., None]
-        everything = range(len(ctx.evaluate))
+        fields = len(PowerTrace._fields)
+        estimate, samples = PowerTrace(*saved[:fields]), saved[fields:]
+        grad_power, grad_trace = _gradients_of_power_and_trace(
+            grad_bits, estimate, ctx.alpha, scale
+        )
+        left, right = _symmetric_factors(estimate, grad_power)
+        line = (grad_power * estimate.slope * scale)[..., None, None]
+        grad_diagonal = (grad_power * estimate.constant)[..., None]
+        all_of_them = range(len(ctx.evaluate))
 
-        def of_entries(entries: list[Tensor], i: slice, j: slice, v: list[int]) -> list[Tensor]:
-            of_tile = left[..., i, :] @ right[..., j, :].mT + slope * joint(entries, everything)
+        def gradients_of_entries(
+            entries: list[Tensor], i: slice, j: slice, wanted: list[int]
+        ) -> list[Tensor]:
+            joint = hadamard_product(entries, all_of_them)
+            grad_joint = left[..., i, :] @ right[..., j, :].mT + line * joint
             if i == j:
-                of_tile.diagonal(dim1=-2, dim2=-1).add_(constant)
+                grad_joint.diagonal(dim1=-2, dim2=-1).add_(grad_diagonal)
             else:
-                of_tile *= 2
-            others = [[u for u in everything if u != w] for w in v]
-            return [joint([*entries, of_tile], [*of, len(entries)]) for of in others]
+                grad_joint *= 2
+            return [
+                hadamard_product([*entries, grad_joint], [u for u in (*all_of_them, -1) if u != v])
+                for v in wanted
+            ]
 
-        matrices = assemble(ctx.evaluate, ends)
-        gradients = pull_back(matrices, of_entries, ctx.needs_input_grad[5:], ctx.progress)
-        return None, None, None, None, of_trace, *gradients
+        matrices = put_together(samples, ctx.evaluate)
+        needed = ctx.needs_input_grad[5:]
+        gradients = gradients_of_samples(matrices, gradients_of_entries, needed, ctx.progress)
+        return None, None, None, None, grad_trace, *gradients
 
 
 def _reciprocal(trace: Tensor) -> Tensor:
@@ -140,25 +161,31 @@ def _reciprocal(trace: Tensor) -> Tensor:
 
 
 def _in_bits(estimate: PowerTrace, alpha: float, trace: Tensor) -> tuple[Tensor, Tensor]:
-    """Entropy and its error; a zero matrix has entropy 0."""
+    """Return entropy and error in bits; both are 0 for a zero matrix."""
     zero = (trace == 0) & (estimate.value == 0)
     bits = torch.where(zero, 1.0, estimate.value).log2() / (1 - alpha)
-    error = torch.where(zero, 0.0, estimate.error / estimate.value) / ((alpha - 1) * math.log(2))
-    return bits, error
+    relative_error = torch.where(zero, 0.0, estimate.error / estimate.value)
+    return bits, relative_error / ((alpha - 1) * math.log(2))
 
 
-def _slopes(
-    grad: Tensor, estimate: PowerTrace, alpha: float, scale: Tensor
+def _gradients_of_power_and_trace(
+    grad_bits: Tensor, estimate: PowerTrace, alpha: float, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of tr K^alpha / (tr K)^alpha through the power, over tr K, and through tr K."""
-    of_log = grad / ((1 - alpha) * math.log(2))
-    of_power = torch.where(estimate.value == 0, 0.0, of_log * scale / estimate.value)
-    of_trace = torch.where(estimate.value == 0, 0.0, -alpha * of_log * scale)
-    return of_power, of_trace
+    r"""Return the gradients of the two parts of the entropy of a matrix K.
+
+    It is a logarithm of :math:`\operatorname{tr} (K / t)^\alpha`, where :math:`t` is the trace. The
+    first gradient is that of :math:`K / t` along the power, over :math:`t`. The second is that of
+    :math:`t`.
+    """
+    grad_log = grad_bits / ((1 - alpha) * math.log(2))
+    zero = estimate.value == 0
+    grad_power = torch.where(zero, 0.0, grad_log * scale / estimate.value)
+    grad_trace = torch.where(zero, 0.0, -alpha * grad_log * scale)
+    return grad_power, grad_trace
 
 
-def _symmetric_factors(estimate: PowerTrace, of_power: Tensor) -> tuple[Tensor, Tensor]:
-    """The low-rank part of the gradient, as a product of factors of twice the rank."""
-    half = (of_power / 2).to(estimate.left.dtype)[..., None, None]
+def _symmetric_factors(estimate: PowerTrace, grad_power: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors of twice the rank, whose product is the low-rank part of the gradient."""
+    half = (grad_power / 2).to(estimate.left.dtype)[..., None, None]
     left = torch.cat([estimate.left, estimate.right], dim=-1) * half
     return left, torch.cat([estimate.right, estimate.left], dim=-1)

@@ -1,143 +1,230 @@
-"""Sums over the tiles of matrices that are made from samples, and again in backward.
+"""Matrices gone through tile by tile, in forward and again in backward.
 
-Memory is that of the samples and of a few tiles, whatever the number of samples.
+The matrices are symmetric, so the tiles on and above the diagonal stand for those below it too. A
+matrix that is made from samples never exists as a whole: each of its tiles is evaluated when its
+turn comes, and evaluated once more for backward. Memory is that of the samples and a few tiles.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from renyi_kd._autograd import first_derivative_only
-from renyi_kd.information.routes.frobenius import (
-    Subset,
-    entropies_from_norms,
-    joint,
-    norm_gradients,
-    squared_norms,
-    tiles_of_triangle,
+from renyi_kd.information.kernels import (
+    distances,
+    laplacian_kernel,
+    median_distance,
+    rbf_kernel,
 )
-from renyi_kd.information.samples import Matrix, SampleGram
+from renyi_kd.information.samples import SampleGram
 
-_TILE, _TILE_ON_GPU = 512, 4096
-
+Tile: TypeAlias = tuple[slice, slice]
+Evaluate: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Progress: TypeAlias = Callable[[Sequence[Any]], Iterable[Any]]
 
+# The width of a tile: on a CPU a tile should fit into the cache, on a GPU it should fill it.
+_WIDTH, _WIDTH_ON_GPU = 512, 4096
 
-def streamed_entropies(
-    grams: Sequence[SampleGram], subsets: Sequence[Subset], progress: Progress | None
-) -> Tensor:
-    """Entropies of order 2 of kernels of many samples and of their joints.
+# The median over all pairs of samples takes n x n memory. Up to this n it is a default.
+_LARGEST_MEDIAN = 8192
 
-    Args:
-        grams: all of one shape `(..., n, n)`.
-        subsets: for each entropy the indices of the kernels whose joint it is of.
-        progress: see `renyi_entropy`.
+# The exponent of an RBF kernel by inner products rounds in proportion to the samples' squared
+# distances from the mean. Up to this half of a square, in bandwidths, its error is below 1e-9.
+_LARGEST_HALF_SQUARE = 1e6
 
-    Returns:
-        Entropies in bits, float64, shape `(len(subsets), ...)`. They have no second derivative.
+
+def check_progress(progress: object) -> None:
+    """Raise `TypeError` unless `progress` is None or callable."""
+    if progress is not None and not callable(progress):
+        raise TypeError(
+            f"`progress` must be callable, such as tqdm.tqdm, got {type(progress).__name__}."
+        )
+
+
+def upper_tiles(n: int, width: int) -> list[Tile]:
+    """Return the tiles on and above the diagonal of an n x n matrix, as rows and columns."""
+    starts = range(0, n, width)
+    return [
+        (slice(row, row + width), slice(column, column + width))
+        for row in starts
+        for column in starts
+        if row <= column
+    ]
+
+
+@dataclass(frozen=True)
+class SampleMatrix:
+    """A matrix made from samples: `evaluate(rows[i], columns[j])` is the tile `(i, j)`.
+
+    `rows` and `columns` have shapes `(..., n, d)`. Both hold the samples, in the form that makes
+    `evaluate` cheap.
     """
-    tiles = [gram.tiles() for gram in grams]
-    norms = _StreamedNorms.apply(subsets, [x.evaluate for x in tiles], progress, *ends_of(tiles))
-    diagonals = [x.diagonal for x in tiles]
-    traces = torch.stack([joint(diagonals, subset).sum(dim=-1) for subset in subsets])
-    return entropies_from_norms(norms, traces)
+
+    rows: Tensor
+    columns: Tensor
+    evaluate: Evaluate
+
+    def __getitem__(self, tile: Tile) -> Tensor:
+        i, j = tile
+        return self.evaluate(self.rows[..., i, :], self.columns[..., j, :])
 
 
-class _StreamedNorms(torch.autograd.Function):
-    """Squared Frobenius norms of the joints."""
+def sample_matrices(grams: Sequence[SampleGram]) -> tuple[list[SampleMatrix], list[Tensor]]:
+    """Return kernels of samples, ready to be gone through, and their diagonals of shape `(..., n)`.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        subsets: Sequence[Subset],
-        evaluate: Sequence[Callable[[Tensor, Tensor], Tensor]],
-        progress: Progress | None,
-        *ends: Tensor,
-    ) -> Tensor:
-        ctx.subsets, ctx.evaluate, ctx.progress = subsets, evaluate, progress
-        ctx.save_for_backward(*ends)
-        norms = ends[0].new_zeros(len(subsets), *ends[0].shape[:-2])
-        for i, j, entries in each_tile(assemble(evaluate, ends), progress):
-            norms += (1 if i == j else 2) * squared_norms(entries, subsets)
-        return norms
+    The matrices are in float64 and of one shape: leading dimensions are broadcast. Each is
+    multiplied by a constant, on which no entropy depends. A zero matrix becomes one of equal
+    entries.
 
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, of_norms: Tensor) -> tuple[Tensor | None, ...]:
-        def of_entries(entries: list[Tensor], i: slice, j: slice, v: list[int]) -> list[Tensor]:
-            weighted = of_norms if i == j else 2 * of_norms
-            return list(norm_gradients(entries, ctx.subsets, weighted, v).values())
-
-        matrices = assemble(ctx.evaluate, ctx.saved_tensors)
-        gradients = pull_back(matrices, of_entries, ctx.needs_input_grad[3:], ctx.progress)
-        return None, None, None, *gradients
+    Raises:
+        ValueError: a `bandwidth` is not given, for more than 8192 samples.
+    """
+    shapes = [gram.shape[:-2] for gram in grams]
+    batch = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+    pairs = []
+    for gram in grams:
+        if gram.shape[:-2] != batch:
+            x = gram.x.expand(*batch, *gram.x.shape[-2:])
+            gram = SampleGram(x, gram.kernel, **gram.kernel_options)
+        pairs.append(_sample_matrix(gram))
+    return [matrix for matrix, _ in pairs], [diagonal for _, diagonal in pairs]
 
 
-def ends_of(matrices: Sequence[Matrix]) -> list[Tensor]:
-    """Rows and columns of each matrix in turn."""
-    return [end for matrix in matrices for end in (matrix.rows, matrix.columns)]
-
-
-def assemble(
-    evaluate: Sequence[Callable[[Tensor, Tensor], Tensor]], ends: Sequence[Tensor]
-) -> list[Matrix]:
-    """The matrices with these `ends_of` them."""
-    return [Matrix(*of) for of in zip(ends[::2], ends[1::2], evaluate, strict=True)]
+def tiles_of(matrices: Sequence[SampleMatrix], progress: Progress | None) -> Iterable[Tile]:
+    """Return the upper tiles of matrices of one shape, through `progress` if there is one."""
+    rows = matrices[0].rows
+    width = _WIDTH if rows.device.type == "cpu" else _WIDTH_ON_GPU
+    tiles = upper_tiles(rows.shape[-2], width)
+    return tiles if progress is None else progress(tiles)
 
 
 def each_tile(
-    matrices: Sequence[Matrix], progress: Progress | None
+    matrices: Sequence[SampleMatrix], progress: Progress | None
 ) -> Iterator[tuple[slice, slice, list[Tensor]]]:
-    """Rows, columns, and the entries of all matrices there, for each tile of the triangle."""
-    for i, j in _tiles(matrices, progress):
+    """Yield the rows and the columns of each upper tile, and all matrices' entries there."""
+    for i, j in tiles_of(matrices, progress):
         yield i, j, [matrix[i, j] for matrix in matrices]
 
 
-def pull_back(
-    matrices: Sequence[Matrix],
-    of_entries: Callable[[list[Tensor], slice, slice, list[int]], list[Tensor]],
+# PyTorch follows gradients to an autograd function's arguments only if they are tensors. So the
+# functions that go through matrices take their rows and columns one after the other, and put the
+# matrices together again inside.
+
+
+def rows_and_columns(matrices: Sequence[SampleMatrix]) -> list[Tensor]:
+    """Return the rows and the columns of each matrix in turn."""
+    return [samples for matrix in matrices for samples in (matrix.rows, matrix.columns)]
+
+
+def put_together(samples: Sequence[Tensor], evaluate: Sequence[Evaluate]) -> list[SampleMatrix]:
+    """Return the matrices that have these `rows_and_columns`."""
+    parts = zip(samples[::2], samples[1::2], evaluate, strict=True)
+    return [SampleMatrix(*of_one) for of_one in parts]
+
+
+def gradients_of_samples(
+    matrices: Sequence[SampleMatrix],
+    gradients_of_entries: Callable[[list[Tensor], slice, slice, list[int]], list[Tensor]],
     needed: Sequence[bool],
     progress: Progress | None,
 ) -> list[Tensor | None]:
-    """Gradients of the rows and columns of the matrices, from those of their entries.
+    """Return the gradients of the matrices' `rows_and_columns`, from those of their entries.
 
     Args:
         matrices: to be evaluated tile by tile once more.
-        of_entries: called with the entries of all matrices, the rows and columns they are at, and
-            the indices of the matrices whose entries' gradients it has to return.
-        needed: for each matrix whether its rows and whether its columns need a gradient.
+        gradients_of_entries: is called for each tile with the entries of all matrices, the tile's
+            rows and columns, and the numbers of the matrices whose gradients it has to return.
+        needed: which of the `rows_and_columns` need a gradient. The others get None.
         progress: see `renyi_entropy`.
     """
-    ends = ends_of(matrices)
-    gradients = [torch.zeros_like(x) if y else None for x, y in zip(ends, needed, strict=True)]
-    wanted = [v for v in range(len(matrices)) if any(needed[2 * v : 2 * v + 2])]
-    for i, j in _tiles(matrices, progress):
+    samples = rows_and_columns(matrices)
+    totals = [
+        torch.zeros_like(x) if need else None for x, need in zip(samples, needed, strict=True)
+    ]
+    wanted = [v for v in range(len(matrices)) if needed[2 * v] or needed[2 * v + 1]]
+    for i, j in tiles_of(matrices, progress):
+        places = [i, j] * len(matrices)
         leaves = [
-            end[..., slice_, :].detach().clone().requires_grad_(need)
-            for end, slice_, need in zip(ends, [i, j] * len(matrices), needed, strict=True)
+            x[..., place, :].detach().clone().requires_grad_(need)
+            for x, place, need in zip(samples, places, needed, strict=True)
         ]
         with torch.enable_grad():
-            tiles = zip(matrices, leaves[::2], leaves[1::2], strict=True)
-            entries = [matrix.evaluate(rows, columns) for matrix, rows, columns in tiles]
-        of_wanted = of_entries([entry.detach() for entry in entries], i, j, wanted)
-        of_leaves = torch.autograd.grad(
+            of_tile = put_together(leaves, [matrix.evaluate for matrix in matrices])
+            entries = [matrix[:, :] for matrix in of_tile]
+        gradients = torch.autograd.grad(
             [entries[v] for v in wanted],
             [leaf for leaf in leaves if leaf.requires_grad],
-            of_wanted,
+            gradients_of_entries([entry.detach() for entry in entries], i, j, wanted),
             materialize_grads=True,
         )
-        slices = [x for x, needs in zip([i, j] * len(matrices), needed, strict=True) if needs]
-        sums = [x for x in gradients if x is not None]
-        for gradient, slice_, of_leaf in zip(sums, slices, of_leaves, strict=True):
-            gradient[..., slice_, :] += of_leaf
-    return gradients
+        asked = [(total, at) for total, at in zip(totals, places, strict=True) if total is not None]
+        for (total, place), gradient in zip(asked, gradients, strict=True):
+            total[..., place, :] += gradient
+    return totals
 
 
-def _tiles(matrices: Sequence[Matrix], progress: Progress | None) -> Iterable[tuple[slice, slice]]:
-    rows = matrices[0].rows
-    # On a CPU small enough for the cache, on a GPU large enough to fill it.
-    size = _TILE if rows.device.type == "cpu" else _TILE_ON_GPU
-    tiles = tiles_of_triangle(rows.shape[-2], size)
-    return tiles if progress is None else progress(tiles)
+def _sample_matrix(gram: SampleGram) -> tuple[SampleMatrix, Tensor]:
+    x = gram.x.double()
+    if gram.kernel is laplacian_kernel:
+        return _laplacian(x / _bandwidth(gram, order=1.0))
+    if gram.kernel is rbf_kernel:
+        return _rbf(x / _bandwidth(gram, order=2.0))
+    each = x.unsqueeze(-2)
+    diagonal = gram.kernel(each, each, **gram.kernel_options)[..., 0, 0]
+    trace = diagonal.detach().sum(dim=-1)[..., None, None]
+    zero = trace == 0
+    # A trace of n keeps products of several matrices within the range of float64.
+    scale, shift = x.shape[-2] / torch.where(zero, 1.0, trace), zero.double()
+
+    def evaluate(rows: Tensor, columns: Tensor) -> Tensor:
+        return gram.kernel(rows, columns, **gram.kernel_options) * scale + shift
+
+    return SampleMatrix(x, x, evaluate), diagonal * scale[..., 0] + shift[..., 0]
+
+
+def _bandwidth(gram: SampleGram, order: float) -> Tensor | float:
+    bandwidth: float | None = gram.kernel_options.get("bandwidth")
+    if bandwidth is not None:
+        return bandwidth
+    n = gram.shape[-1]
+    if n > _LARGEST_MEDIAN:
+        raise ValueError(
+            f"`bandwidth` must be given for more than {_LARGEST_MEDIAN} samples, got {n}: the "
+            f"median over all pairs takes n x n memory. Take the median over some of them."
+        )
+    return median_distance(gram.x, order)
+
+
+def _laplacian(x: Tensor) -> tuple[SampleMatrix, Tensor]:
+    """The Laplacian kernel of samples in units of the bandwidth."""
+
+    def evaluate(rows: Tensor, columns: Tensor) -> Tensor:
+        return (-distances(rows, columns, 1.0)).exp()
+
+    return SampleMatrix(x, x, evaluate), torch.ones_like(x[..., 0])
+
+
+def _rbf(x: Tensor) -> tuple[SampleMatrix, Tensor]:
+    """The RBF kernel of samples in units of the bandwidth."""
+    ones = torch.ones_like(x[..., 0])
+    # Distances do not change with the mean, and around it the inner products round least.
+    centred = x - x.detach().mean(dim=-2, keepdim=True)
+    halves = centred.square().sum(dim=-1, keepdim=True) / -2
+    if not x.is_meta and (halves.detach() < -_LARGEST_HALF_SQUARE).any():
+        return SampleMatrix(x, x, _rbf_by_distances), ones
+    # -|a - b|^2 / 2 = ab - |a|^2 / 2 - |b|^2 / 2 is an inner product of longer vectors. Samples
+    # come last in memory, since the products of backward, of few columns, are faster so.
+    one = torch.ones_like(halves)
+    rows = torch.cat([centred.mT, halves.mT, one.mT], dim=-2).mT
+    columns = torch.cat([centred.mT, one.mT, halves.mT], dim=-2).mT
+    return SampleMatrix(rows, columns, _rbf_by_inner_products), ones
+
+
+def _rbf_by_inner_products(rows: Tensor, columns: Tensor) -> Tensor:
+    return (rows @ columns.mT).exp()
+
+
+def _rbf_by_distances(rows: Tensor, columns: Tensor) -> Tensor:
+    return (distances(rows, columns, 2.0).square() / -2).exp()

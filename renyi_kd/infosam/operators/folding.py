@@ -1,10 +1,10 @@
-r"""Folding both projections and the image's layer norm into the query of a token (Eq. 8, 9).
+r"""Both projections and the image's layer norm, folded into one query a token (Eq. 8 and 9).
 
 .. math:: \frac{W_Q \operatorname{LN}(m) \cdot W_K \operatorname{LN}(f)}{\sqrt{D}}
     = \frac{w \cdot (f - \mu)}{\sigma} + c
 
-for every pixel :math:`f` of mean :math:`\mu` and deviation :math:`\sigma`. All that is projected is
-one vector a token.
+for a token :math:`m` and every pixel :math:`f` of mean :math:`\mu` and standard deviation
+:math:`\sigma`. So the key projection is applied to the few queries, and not to all pixels.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ def fold_query(
     residual: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Query :math:`w` and offset :math:`c` of each token.
+    r"""Return the query :math:`w` and the offset :math:`c` of each token.
 
     Args:
         tokens: :math:`m`, shape `(B, N, D)`.
@@ -34,7 +34,8 @@ def fold_query(
         query_proj: weight and bias of :math:`W_Q`.
         key_proj: weight and bias of :math:`W_K`.
         pixel_norm: weight and bias of the image embedding's layer norm.
-        residual: whether LN(m) . LN(f) is added, without the square root.
+        residual: whether :math:`\operatorname{LN}(m) \cdot \operatorname{LN}(f)` is added to the
+            left side.
         eps: what the tokens' layer norm adds to the variance.
 
     Returns:
@@ -60,7 +61,7 @@ def _fold(
     residual: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Query, offset, and what backward needs."""
+    """Return query and offset, and what backward needs besides its inputs."""
     dim, dtype = tokens.shape[2], ieee_dtype(tokens.dtype, tokens.device)
     with torch.autocast(tokens.device.type, enabled=False):
         normalized, mean, rstd = torch.native_layer_norm(
@@ -78,7 +79,7 @@ def _fold(
 
 
 @_fold.register_fake
-def _(
+def _fold_shapes(
     tokens: Tensor,
     token_scale: Tensor,
     token_shift: Tensor,
@@ -127,36 +128,36 @@ def _fold_backward(
     folded: Tensor,
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the tokens and of all parameters, in the order of `_fold`."""
+    """Return the gradients of the tokens and of all parameters, in the order of `_fold`."""
     dim, dtype = tokens.shape[2], ieee_dtype(tokens.dtype, tokens.device)
-    of_offset = grad_offset.unsqueeze(2)
+    grad_offset = grad_offset.unsqueeze(2)
     with torch.autocast(tokens.device.type, enabled=False):
-        of_folded = torch.addcmul(grad_query * pixel_scale, of_offset, pixel_shift)
-        of_projected = F.linear(of_folded.to(dtype), key_weight.to(dtype)).to(tokens.dtype)
-        of_projected = torch.addcmul(of_projected, of_offset, key_bias).div_(dim**0.5)
-        of_normalized = (of_projected.to(dtype) @ query_weight.to(dtype)).to(tokens.dtype)
+        grad_folded = torch.addcmul(grad_query * pixel_scale, grad_offset, pixel_shift)
+        grad_projected = F.linear(grad_folded.to(dtype), key_weight.to(dtype)).to(tokens.dtype)
+        grad_projected = torch.addcmul(grad_projected, grad_offset, key_bias).div_(dim**0.5)
+        grad_normalized = (grad_projected.to(dtype) @ query_weight.to(dtype)).to(tokens.dtype)
         if residual:
-            of_normalized += of_folded
-        of_query_weight = _outer(of_projected, normalized, dtype)
-        of_key_weight = _outer(projected, of_folded, dtype)
-        of_tokens, of_token_scale, of_token_shift = torch.ops.aten.native_layer_norm_backward(
-            of_normalized, tokens, (dim,), mean, rstd, token_scale, token_shift, [True] * 3
+            grad_normalized += grad_folded
+        grad_query_weight = _sum_of_outer_products(grad_projected, normalized, dtype)
+        grad_key_weight = _sum_of_outer_products(projected, grad_folded, dtype)
+        grad_tokens, grad_token_scale, grad_token_shift = torch.ops.aten.native_layer_norm_backward(
+            grad_normalized, tokens, (dim,), mean, rstd, token_scale, token_shift, [True] * 3
         )
     return (
-        of_tokens,
-        of_token_scale,
-        of_token_shift,
-        of_query_weight,
-        of_projected.sum(dim=(0, 1)),
-        of_key_weight,
-        (of_offset * projected).sum(dim=(0, 1)),
+        grad_tokens,
+        grad_token_scale,
+        grad_token_shift,
+        grad_query_weight,
+        grad_projected.sum(dim=(0, 1)),
+        grad_key_weight,
+        (grad_offset * projected).sum(dim=(0, 1)),
         (grad_query * folded).sum(dim=(0, 1)),
-        (of_offset * folded).sum(dim=(0, 1)),
+        (grad_offset * folded).sum(dim=(0, 1)),
     )
 
 
 @_fold_backward.register_fake
-def _(
+def _fold_backward_shapes(
     grad_query: Tensor,
     grad_offset: Tensor,
     tokens: Tensor,
@@ -207,7 +208,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     )
 
 
-def _backward(
+def _gradients(
     ctx: Any, grad_query: Tensor | None, grad_offset: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     tokens, *rest = ctx.saved_tensors
@@ -219,8 +220,8 @@ def _backward(
     return (*gradients, None, None)
 
 
-_fold.register_autograd(_backward, setup_context=_save_for_backward)
+_fold.register_autograd(_gradients, setup_context=_save_for_backward)
 
 
-def _outer(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+def _sum_of_outer_products(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.flatten(0, 1).mT.to(dtype) @ y.flatten(0, 1).to(dtype)).to(x.dtype)

@@ -1,14 +1,16 @@
 r"""Relation scores from the image embedding as it is (InfoSAM, Eq. 8 and 9, folded).
 
 The textbook form normalises and projects every pixel. With the key projection and the layer norm's
-scale folded into the query of a token, neither is needed:
+scale folded into the query :math:`w` of a token (see `folding`), neither is needed:
 
 .. math:: W_Q \operatorname{LN}(m) \cdot W_K \operatorname{LN}(f_p)
     = \frac{w \cdot (f_p - \mu_p)}{\sigma_p} + c
 
-A pixel :math:`f_p` takes part by its mean, its deviation and its inner product with :math:`w`.
-Nothing of the size of the map is written or kept but its gradient. The kernel reads the map once
-each way; here moments and products are passes of their own.
+Of a pixel :math:`f_p` only its mean, its standard deviation and its inner product with :math:`w`
+are needed. Nothing as large as the map is written or kept but its gradient.
+
+The PyTorch form below reads the map once for the moments and once for the products. The Triton
+kernel of the same operator reads it once in all.
 """
 
 from collections.abc import Iterator
@@ -19,15 +21,15 @@ from torch import Tensor
 
 from renyi_kd._precision import ieee_dtype
 
-# Elements of a map that a loop takes at a time on a CPU: a megabyte of float32, which stays in the
-# cache for the passes after the first and is long against the overhead of a call.
+# How many elements of a map a loop takes at a time on a CPU. A megabyte of float32 stays in the
+# cache for the passes after the first, and takes long compared to the overhead of a call.
 BLOCK = 2**18
 
 
 def relation_scores(
     pixels: Tensor, query: Tensor, residual: Tensor | None, offset: Tensor, eps: float
 ) -> Tensor:
-    r"""Scores :math:`w_n \cdot (f_p - \mu_p) / \sigma_p + v_n \cdot f_p + c_n`.
+    r"""Return the scores :math:`w_n \cdot (f_p - \mu_p) / \sigma_p + v_n \cdot f_p + c_n`.
 
     Args:
         pixels: :math:`f`, shape `(B, P, D)`, of any strides and floating-point dtype.
@@ -39,27 +41,31 @@ def relation_scores(
     Returns:
         Scores, shape `(B, N, P)`, in the dtype of `query`. They have no second derivative.
     """
-    scores: Tensor = op(pixels, query, residual, offset, eps)[0]
+    scores: Tensor = scores_operator(pixels, query, residual, offset, eps)[0]
     return scores
 
 
 def scores_by_blocks(
     pixels: Tensor, query: Tensor, residual: Tensor | None, offset: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores; their normalised part without `offset`; mean and 1 / deviation of each pixel."""
+    """Return what `relation_scores` does, and what backward needs.
+
+    That is the first term of the scores, and the mean and 1 / standard deviation of each pixel.
+    """
     dtype = ieee_dtype(query.dtype, query.device)
-    rows = _rows(query, residual).to(dtype)
+    rows = _centred_query_and_residual(query, residual).to(dtype)
     products = rows.new_empty(*rows.shape[:2], pixels.shape[1])
     mean, variance = rows.new_empty(pixels.shape[:2]), rows.new_empty(pixels.shape[:2])
     with torch.autocast(pixels.device.type, enabled=False):
-        for b, p in _blocks(pixels, whole=pixels.dtype == dtype):
-            block = pixels[b, p].to(dtype)
-            _moments(block, mean[b, p], variance[b, p])
+        # Without a conversion there is nothing to keep in the cache, and the map is one block.
+        for samples, places in _blocks(pixels, whole=pixels.dtype == dtype):
+            block = pixels[samples, places].to(dtype)
+            _fill_in_moments(block, mean[samples, places], variance[samples, places])
             if block.stride(2) == 1:
-                products[b, :, p] = (block @ rows[b].mT).mT
+                products[samples, :, places] = (block @ rows[samples].mT).mT
             else:
-                products[b, :, p] = rows[b] @ block.mT
-    # Where the squares overflow, a reciprocal of zero would pass for a constant pixel.
+                products[samples, :, places] = rows[samples] @ block.mT
+    # Where the squares overflow, 1 / infinity = 0 would pass for that of a constant pixel.
     rstd = torch.where(variance == torch.inf, torch.nan, (variance + eps).rsqrt())
     normalized = products[:, : query.shape[1]] * rstd.unsqueeze(1)
     scores = normalized + offset.unsqueeze(2)
@@ -73,11 +79,11 @@ def scores_by_blocks(
     )
 
 
-op = torch.library.custom_op("renyi_kd::scores", scores_by_blocks, mutates_args=())
+scores_operator = torch.library.custom_op("renyi_kd::scores", scores_by_blocks, mutates_args=())
 
 
-@op.register_fake
-def _(
+@scores_operator.register_fake
+def _scores_shapes(
     pixels: Tensor, query: Tensor, residual: Tensor | None, offset: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scores = query.new_empty(*query.shape[:2], pixels.shape[1])
@@ -85,7 +91,7 @@ def _(
     return scores, torch.empty_like(scores), mean, torch.empty_like(mean)
 
 
-def gradients_by_blocks(
+def scores_backward_by_blocks(
     grad: Tensor,
     pixels: Tensor,
     query: Tensor,
@@ -96,30 +102,34 @@ def gradients_by_blocks(
     for_pixels: bool,
     for_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `pixels`, `query` and `residual`; the first and the last empty if not wanted."""
+    """Return the gradients of `pixels`, `query` and `residual`.
+
+    The first and the last are empty unless `for_pixels` and `for_residual` ask for them.
+    """
     query = query.contiguous()
     dtype = ieee_dtype(query.dtype, query.device)
     scaled = grad * rstd.unsqueeze(1)
-    rows = _rows(query, residual).to(dtype)
+    rows = _centred_query_and_residual(query, residual).to(dtype)
     weights = (scaled if residual is None else torch.cat([scaled, grad], dim=1)).to(dtype)
-    # The deviation's derivative is along f - mu.
+    # The derivative of the standard deviation is along f - mu.
     shrink = (grad * normalized).sum(dim=1) * rstd.square() / -pixels.shape[2]
 
     wanted = weights if for_residual else weights[:, : query.shape[1]]
     sums = torch.zeros_like(rows[:, : wanted.shape[1]])
     grad_pixels = torch.empty_like(pixels) if for_pixels else pixels.new_empty(0)
     with torch.autocast(pixels.device.type, enabled=False):
-        for b, p in _blocks(pixels, whole=pixels.dtype == dtype):
-            sums[b] += wanted[b, :, p] @ pixels[b, p].to(dtype)
-        for b, p in _blocks(pixels) if for_pixels else ():
-            target = grad_pixels[b, p]
+        for samples, places in _blocks(pixels, whole=pixels.dtype == dtype):
+            sums[samples] += wanted[samples, :, places] @ pixels[samples, places].to(dtype)
+        for samples, places in _blocks(pixels) if for_pixels else ():
+            target = grad_pixels[samples, places]
             block = target if target.dtype == dtype else torch.empty_like(target, dtype=dtype)
-            torch.sub(pixels[b, p], mean[b, p, None], out=block).mul_(shrink[b, p, None])
+            torch.sub(pixels[samples, places], mean[samples, places, None], out=block)
+            block.mul_(shrink[samples, places, None])
             if rows.shape[1] > 4:
-                block.baddbmm_(weights[b, :, p].mT, rows[b])
-            else:  # faster, if the sum is short
+                block.baddbmm_(weights[samples, :, places].mT, rows[samples])
+            else:  # a sum of few terms is faster term by term
                 for n in range(rows.shape[1]):
-                    block.addcmul_(weights[b, n, p, None], rows[b, n, None])
+                    block.addcmul_(weights[samples, n, places, None], rows[samples, n, None])
             if block is not target:
                 target.copy_(block)
     grad_query = sums[:, : query.shape[1]] - (scaled * mean.unsqueeze(1)).sum(dim=2, keepdim=True)
@@ -127,13 +137,13 @@ def gradients_by_blocks(
     return grad_pixels, grad_query.to(query.dtype), grad_residual
 
 
-backward_op = torch.library.custom_op(
-    "renyi_kd::scores_backward", gradients_by_blocks, mutates_args=()
+scores_backward_operator = torch.library.custom_op(
+    "renyi_kd::scores_backward", scores_backward_by_blocks, mutates_args=()
 )
 
 
-@backward_op.register_fake
-def _(
+@scores_backward_operator.register_fake
+def _scores_backward_shapes(
     grad: Tensor,
     pixels: Tensor,
     query: Tensor,
@@ -151,18 +161,18 @@ def _(
     )
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_pixels(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     pixels, query, residual, _, _ = inputs
     _, normalized, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(pixels, query, residual, normalized, mean, rstd)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _gradients_of_scores(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 5
     for_pixels, _, for_residual, _, _ = ctx.needs_input_grad
-    grad_pixels, grad_query, grad_residual = backward_op(
+    grad_pixels, grad_query, grad_residual = scores_backward_operator(
         grad, *ctx.saved_tensors, for_pixels, for_residual
     )
     return (
@@ -174,11 +184,11 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     )
 
 
-op.register_autograd(_backward, setup_context=_save_for_backward)
+scores_operator.register_autograd(_gradients_of_scores, setup_context=_save_pixels)
 
 
 def unit_length(scores: Tensor) -> Tensor:
-    """Each sample of `(B, N, P)` divided by its length; a zero sample stays zero.
+    """Return each sample of `(B, N, P)` divided by its length. A zero sample stays zero.
 
     The result has no second derivative.
     """
@@ -188,14 +198,14 @@ def unit_length(scores: Tensor) -> Tensor:
 
 @torch.library.custom_op("renyi_kd::unit_length", mutates_args=())
 def _unit_length(scores: Tensor) -> tuple[Tensor, Tensor]:
-    # In float64 neither large nor small features leave its range.
+    # In float64 the squares of large and of small features stay within the range.
     length = torch.linalg.vector_norm(scores, dim=(1, 2), keepdim=True, dtype=torch.float64)
     length.masked_fill_(length == 0, 1.0)
     return (scores / length).to(scores.dtype), length
 
 
 @_unit_length.register_fake
-def _(scores: Tensor) -> tuple[Tensor, Tensor]:
+def _unit_length_shapes(scores: Tensor) -> tuple[Tensor, Tensor]:
     length = scores.new_empty(scores.shape[0], 1, 1, dtype=torch.float64)
     return torch.empty_like(scores), length
 
@@ -208,7 +218,7 @@ def _unit_length_backward(grad: Tensor, relation: Tensor, length: Tensor) -> Ten
 
 
 @_unit_length_backward.register_fake
-def _(grad: Tensor, relation: Tensor, length: Tensor) -> Tensor:
+def _unit_length_backward_shape(grad: Tensor, relation: Tensor, length: Tensor) -> Tensor:
     return torch.empty_like(relation)
 
 
@@ -217,52 +227,58 @@ def _save_relation(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor
     ctx.save_for_backward(*output)
 
 
-def _backward_of_unit_length(ctx: Any, grad: Tensor | None, _: None) -> Tensor | None:
+def _gradient_of_unit_length(ctx: Any, grad: Tensor | None, _: None) -> Tensor | None:
     return None if grad is None else _unit_length_backward(grad, *ctx.saved_tensors)
 
 
-_unit_length.register_autograd(_backward_of_unit_length, setup_context=_save_relation)
+_unit_length.register_autograd(_gradient_of_unit_length, setup_context=_save_relation)
 
 
 def _blocks(pixels: Tensor, *, whole: bool = False) -> Iterator[tuple[slice, slice]]:
-    """Slices of samples and of places that cut a map into blocks; one of each if `whole`."""
-    samples, places, dim = pixels.shape
+    """Yield the samples and the places of each block of a map; all of them at once if `whole`."""
     if whole or not pixels.is_cpu:
         yield slice(None), slice(None)
         return
-    samples_step = max(1, BLOCK // (places * dim))
-    places_step = max(1, BLOCK // dim)
-    for b in range(0, samples, samples_step):
-        for p in range(0, places, places_step):
-            yield slice(b, b + samples_step), slice(p, p + places_step)
+    batch, places, dim = pixels.shape
+    samples_at_once = max(1, BLOCK // (places * dim))
+    places_at_once = max(1, BLOCK // dim)
+    for sample in range(0, batch, samples_at_once):
+        for place in range(0, places, places_at_once):
+            yield slice(sample, sample + samples_at_once), slice(place, place + places_at_once)
 
 
-def _rows(query: Tensor, residual: Tensor | None) -> Tensor:
-    """What the pixels are multiplied with. A centred query does not feel their mean."""
+def _centred_query_and_residual(query: Tensor, residual: Tensor | None) -> Tensor:
+    """Return the vectors that the pixels are multiplied with, `(B, N or 2N, D)`.
+
+    A query whose entries have the mean zero has the same product with f as with f - mu.
+    """
     query = query - query.mean(dim=2, keepdim=True)
     return query if residual is None else torch.cat([query, residual], dim=1)
 
 
-def _moments(pixels: Tensor, mean: Tensor, variance: Tensor) -> None:
-    """Fill in the mean and the variance of each pixel, of the mean first: no digits cancel."""
+def _fill_in_moments(pixels: Tensor, mean: Tensor, variance: Tensor) -> None:
+    """Fill in the mean and the variance of each pixel.
+
+    The variance is that of the differences from the mean, so that no digits cancel where the mean
+    is large.
+    """
     if not pixels.is_cpu:
-        of_variance, of_mean = torch.var_mean(pixels, dim=2, correction=0)
-        variance.copy_(of_variance)
-        mean.copy_(of_mean)
+        variances, means = torch.var_mean(pixels, dim=2, correction=0)
+        variance.copy_(variances)
+        mean.copy_(means)
         return
     if pixels[:1].mT.is_contiguous():
-        for sample, mu, var in zip(pixels, mean, variance, strict=True):
-            # Of a (D, P) matrix, batch statistics are those of its columns; var_mean takes ten
-            # times as long.
+        for i, sample in enumerate(pixels):
+            # Batch norm over a (D, P) matrix takes its statistics over the D values of each pixel.
+            # var_mean does the same and takes ten times as long.
             moments = torch.ops.aten.batch_norm_update_stats(sample.mT, None, None, 0.0)
-            mu.copy_(moments[0])
-            var.copy_(moments[1])
+            mean[i], variance[i] = moments
         return
     torch.mean(pixels, dim=2, out=mean)
     scratch = pixels.new_empty(min(BLOCK, pixels.numel()))
-    for b, p in _blocks(pixels):
-        block = pixels[b, p]
+    for samples, places in _blocks(pixels):
+        block = pixels[samples, places]
         centred = scratch[: block.numel()].view_as(block)
-        torch.sub(block, mean[b, p, None], out=centred)
-        torch.linalg.vector_norm(centred, dim=2, out=variance[b, p])
+        torch.sub(block, mean[samples, places, None], out=centred)
+        torch.linalg.vector_norm(centred, dim=2, out=variance[samples, places])
     variance.square_().div_(pixels.shape[2])
