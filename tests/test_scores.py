@@ -7,7 +7,7 @@ from torch import Tensor
 
 from renyi_kd import DotProductRelation, InfoSAMDistiller, RelationModule, infosam_terms
 from renyi_kd._precision import ieee_dtype
-from renyi_kd.information.kernels import sample_gram
+from renyi_kd.infosam.operators.batch_gram import batch_gram as sample_gram
 from renyi_kd.information.routes.eigenvalues import eigh
 from renyi_kd.infosam.operators import scores
 from renyi_kd.infosam.operators.folding import fold_query
@@ -231,7 +231,7 @@ def test_moments_off_the_cpu():
     pixels = torch.empty(2, 4096, 256, device="meta")
     assert pixels[0].numel() > scores.BLOCK
     mean, variance = (torch.empty(2, 4096, device="meta") for _ in range(2))
-    scores._moments(pixels, mean, variance)
+    scores._fill_in_moments(pixels, mean, variance)
 
 
 @pytest.mark.parametrize("trains_relation", [True, False])

@@ -50,7 +50,7 @@ def test_scores(size, raw, layout, dtype, monkeypatch):
     residual = draw(batch, tokens, dim, seed=3) if raw else None
 
     forward = pixels, query, residual, offset, 1e-5
-    values = _triton.relation_scores(*forward)
+    values = _triton.scores_by_kernel(*forward)
     expected = scores.scores_by_blocks(*map(exact, forward))
     for value, reference in zip(values, expected, strict=True):
         assert value.shape == reference.shape
@@ -59,8 +59,8 @@ def test_scores(size, raw, layout, dtype, monkeypatch):
     grad = draw(batch, tokens, places, seed=4)
     for wanted in [(True, raw), (False, raw), (True, False)]:
         backward = grad, pixels, query, residual, *values[1:], *wanted
-        gradients = _triton.relation_scores_backward(*backward)
-        references = scores.gradients_by_blocks(*map(exact, backward))
+        gradients = _triton.scores_backward_by_kernel(*backward)
+        references = scores.scores_backward_by_blocks(*map(exact, backward))
         for value, reference in zip(gradients, references, strict=True):
             assert value.shape == reference.shape
             # The interpreter cuts to bfloat16 where a GPU rounds.
@@ -73,7 +73,7 @@ def test_scores(size, raw, layout, dtype, monkeypatch):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the overflow
 def test_overflow_is_not_hidden():
     pixels, query, offset = 2e19 * draw(2, 9, 16), draw(2, 1, 16, seed=1), draw(2, 1, seed=2)
-    assert _triton.relation_scores(pixels, query, None, offset, 1e-5)[0].isnan().all()
+    assert _triton.scores_by_kernel(pixels, query, None, offset, 1e-5)[0].isnan().all()
 
 
 @over_dtypes
@@ -91,7 +91,7 @@ def test_overflow_is_not_hidden():
 )
 def test_sample_gram(shape, dtype, layout):
     rows = layout(draw(*shape, dtype=dtype))
-    gram = _triton.sample_gram(rows)
+    gram = _triton.batch_gram_by_kernel(rows)
     assert gram.dtype == torch.float64
     expected = rows.double() @ rows.double().mT
     length = expected.diagonal().sqrt()
@@ -107,12 +107,12 @@ def test_joint_grams(n, trains_relation):
     samples[0, 1] = 0
     samples[2, :2] = 0
     grams = samples @ samples.mT
-    value = _triton.joint_grams(grams)
+    value = _triton.joint_by_kernel(grams)
     torch.testing.assert_close(value, joint.joint_by_operators(grams, trains_relation))
     grad = draw(5, n, n, seed=1, dtype=torch.float64)
     torch.testing.assert_close(
-        _triton.joint_grams_backward(grad, grams, trains_relation),
-        joint.gradient_by_operators(grad, grams, trains_relation),
+        _triton.joint_backward_by_kernel(grad, grams, trains_relation),
+        joint.joint_backward_by_operators(grad, grams, trains_relation),
     )
 
 
@@ -139,7 +139,7 @@ def spectra(n: int) -> Tensor:
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 11, 16, 17, 32])
 def test_eigh(n):
     matrices = spectra(n)
-    values, vectors = _triton.eigh(matrices)
+    values, vectors = _triton.eigh_by_kernel(matrices)
     expected = torch.linalg.eigvalsh(matrices)
     largest = expected[:, -1:]
     assert ((values.sort().values - expected).abs() / largest).max() < 1e-13

@@ -86,6 +86,8 @@ def renyi_entropy(
         infinitely divisible kernels, 2015, https://arxiv.org/abs/1211.2459.
 
     Example:
+        >>> import torch
+        >>> from renyi_kd import renyi_entropy
         >>> renyi_entropy(torch.eye(4))
         tensor(2.)
         >>> renyi_entropy(torch.diag(torch.tensor([3.0, 1.0])), alpha=1)
@@ -125,6 +127,8 @@ def renyi_joint_entropy(
         2019, https://arxiv.org/abs/1808.07912.
 
     Example:
+        >>> import torch
+        >>> from renyi_kd import renyi_joint_entropy
         >>> renyi_joint_entropy(torch.ones(4, 4), torch.eye(4))
         tensor(2.)
     """
@@ -157,6 +161,8 @@ def renyi_conditional_entropy(
         TypeError, ValueError: as `renyi_joint_entropy`.
 
     Example:
+        >>> import torch
+        >>> from renyi_kd import renyi_conditional_entropy
         >>> renyi_conditional_entropy(torch.eye(4), torch.ones(4, 4))
         tensor(2.)
     """
@@ -193,6 +199,8 @@ def renyi_mutual_information(
         TypeError, ValueError: as `renyi_joint_entropy`.
 
     Example:
+        >>> import torch
+        >>> from renyi_kd import renyi_mutual_information
         >>> labels = torch.block_diag(torch.ones(2, 2), torch.ones(2, 2))
         >>> renyi_mutual_information(labels, labels)
         tensor(1.)
@@ -230,6 +238,8 @@ def renyi_total_correlation(
         2019, https://arxiv.org/abs/1808.07912.
 
     Example:
+        >>> import torch
+        >>> from renyi_kd import renyi_total_correlation
         >>> renyi_total_correlation(torch.eye(4), torch.eye(4), torch.eye(4))
         tensor(4.)
     """

@@ -75,6 +75,8 @@ def renyi_entropy_estimate(
         named in `routes/quadrature.py`.
 
     Example:
+        >>> import torch
+        >>> from renyi_kd import renyi_entropy_estimate
         >>> generator = torch.Generator().manual_seed(0)
         >>> gram = torch.ones(100, 100) + torch.eye(100)
         >>> bits, error = renyi_entropy_estimate(gram, alpha=3, generator=generator)

@@ -38,6 +38,8 @@ def linear_kernel(x: Tensor, y: Tensor | None = None) -> Tensor:
         ValueError: the shapes do not fit, or the devices differ.
 
     Example:
+        >>> import torch
+        >>> from renyi_kd import linear_kernel
         >>> linear_kernel(torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
         tensor([[1., 1.],
                 [1., 5.]])
@@ -66,6 +68,8 @@ def polynomial_kernel(
             (the kernel would not be positive semi-definite).
 
     Example:
+        >>> import torch
+        >>> from renyi_kd import polynomial_kernel
         >>> polynomial_kernel(torch.tensor([[1.0], [2.0]]), degree=2)
         tensor([[ 4.,  9.],
                 [ 9., 25.]])
@@ -93,6 +97,8 @@ def rbf_kernel(x: Tensor, y: Tensor | None = None, *, bandwidth: float | None = 
         ValueError: the shapes do not fit, the devices differ, or `bandwidth` <= 0.
 
     Example:
+        >>> import torch
+        >>> from renyi_kd import rbf_kernel
         >>> rbf_kernel(torch.tensor([[0.0], [1.0]]), bandwidth=1.0)
         tensor([[1.0000, 0.6065],
                 [0.6065, 1.0000]])
@@ -121,6 +127,8 @@ def laplacian_kernel(
         ValueError: the shapes do not fit, the devices differ, or `bandwidth` <= 0.
 
     Example:
+        >>> import torch
+        >>> from renyi_kd import laplacian_kernel
         >>> laplacian_kernel(torch.tensor([[0.0], [1.0]]), bandwidth=1.0)
         tensor([[1.0000, 0.3679],
                 [0.3679, 1.0000]])
@@ -152,6 +160,8 @@ def normalize_gram(gram: Tensor) -> Tensor:
         ValueError: `gram` is not square.
 
     Example:
+        >>> import torch
+        >>> from renyi_kd import normalize_gram
         >>> normalize_gram(torch.tensor([[4.0, 1.0], [1.0, 1.0]]))
         tensor([[0.5000, 0.2500],
                 [0.2500, 0.5000]])

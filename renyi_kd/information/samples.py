@@ -38,7 +38,8 @@ class SampleGram:
             the kernel has parameters that require a gradient.
 
     Example:
-        >>> from renyi_kd import rbf_kernel, renyi_entropy
+        >>> import torch
+        >>> from renyi_kd import SampleGram, rbf_kernel, renyi_entropy
         >>> x = torch.eye(3).repeat(1000, 1)
         >>> renyi_entropy(SampleGram(x), alpha=1)
         tensor(1.5850)

@@ -71,6 +71,8 @@ class InfoSAMDistiller(nn.Module):
         of `init_process_group()` without an argument does.
 
     Example:
+        >>> import torch
+        >>> from renyi_kd import InfoSAMDistiller
         >>> distiller = InfoSAMDistiller(dim=8)
         >>> teacher = torch.randn(4, 8, 6, 6), torch.randn(4, 1, 8)
         >>> student = torch.randn(4, 8, 6, 6, requires_grad=True), torch.randn(4, 1, 8)

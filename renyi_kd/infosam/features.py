@@ -16,6 +16,8 @@ class Features(NamedTuple):
     """What distillation compares, one row a sample; a sample is one image with one prompt.
 
     Example:
+        >>> import torch
+        >>> from renyi_kd import Features
         >>> embedding, tokens = Features(torch.zeros(4, 256, 64, 64), torch.zeros(4, 1, 256))
         >>> embedding.shape
         torch.Size([4, 256, 64, 64])
@@ -79,6 +81,8 @@ class FeatureCollector:
 
         Anything but a SAM is refused:
 
+        >>> import torch
+        >>> from renyi_kd import FeatureCollector
         >>> FeatureCollector(torch.nn.Linear(2, 2))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         TypeError: `model` must be or contain a SAM, got Linear. Looked for ...

@@ -56,6 +56,8 @@ class RelationModule(nn.Module):
         `load_state_dict`.
 
     Example:
+        >>> import torch
+        >>> from renyi_kd import RelationModule
         >>> relation = RelationModule(dim=8)
         >>> relation(torch.randn(2, 8, 4, 4), torch.randn(2, 1, 8)).shape
         torch.Size([2, 1, 16])
@@ -107,6 +109,8 @@ class DotProductRelation(nn.Module):
         As `RelationModule`; :math:`D` is the last axis of the mask tokens.
 
     Example:
+        >>> import torch
+        >>> from renyi_kd import DotProductRelation
         >>> DotProductRelation()(torch.randn(2, 8, 4, 4), torch.randn(2, 1, 8)).shape
         torch.Size([2, 1, 16])
     """

@@ -31,6 +31,8 @@ class InfoSAMTerms(NamedTuple):
     The first three carry gradients, the others are detached.
 
     Example:
+        >>> import torch
+        >>> from renyi_kd import infosam_terms
         >>> relation, embedding, tokens = torch.eye(4), torch.ones(4, 9), torch.ones(4, 3)
         >>> terms = infosam_terms(relation, relation, embedding, tokens)
         >>> f"{terms.loss:.1f} = {terms.compression:.1f} + 0.5 * {terms.distillation:.1f}"
@@ -103,6 +105,8 @@ def infosam_terms(
         Information-Theoretic Perspective, ICML 2025.
 
     Example:
+        >>> import torch
+        >>> from renyi_kd import infosam_terms
         >>> relation, embedding, tokens = torch.eye(4), torch.ones(4, 9), torch.ones(4, 3)
         >>> infosam_terms(relation, relation, embedding, tokens).distilled_information
         tensor(2.)

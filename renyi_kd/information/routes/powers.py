@@ -127,7 +127,7 @@ class _EntropyByPowers(torch.autograd.Function):
     def backward(ctx: Any, grad_bits: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
         gram, *parts = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative needs their graphs
-            _, *parts = _entropy_and_gradient(gram, *ctx.options)
+            parts = list(_entropy_and_gradient(gram, *ctx.options)[1:])
         power, power_factor, identity_factor = parts
         gradient: Tensor = power * (grad_bits * power_factor)[..., None, None].to(power.dtype)
         gradient.diagonal(dim1=-2, dim2=-1).add_((grad_bits * identity_factor)[..., None])
