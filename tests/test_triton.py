@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from grids import over, over_cases
 from torch import Tensor
 
 from renyi_kd import InfoSAMDistiller
@@ -18,8 +19,8 @@ LAYOUTS = {
     "channels last": lambda x: x,
     "strided": lambda x: torch.stack([x, torch.zeros_like(x)], dim=-1)[..., 0],
 }
-over_layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-over_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+over_layouts = over_cases("layout", LAYOUTS, fast=["channels first", "strided"])
+over_dtypes = over("dtype", [torch.float32, torch.bfloat16], slow=[torch.float16])
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 
 
@@ -37,7 +38,7 @@ def exact(x):
 
 
 # Batch, pixels, channels, tokens.
-@pytest.mark.parametrize("size", [(2, 35, 20, 1), (3, 1, 7, 3), (2, 70, 300, 2)], ids=str)
+@over("size", [(2, 35, 20, 1), (3, 1, 7, 3)], slow=[(2, 70, 300, 2)])
 @pytest.mark.parametrize("raw", [True, False])
 @over_layouts
 @over_dtypes
@@ -77,7 +78,7 @@ def test_overflow_is_not_hidden():
 
 
 @over_dtypes
-@pytest.mark.parametrize("shape", [(2, 64), (5, 10_007), (20, 777)], ids=str)
+@over("shape", [(20, 777)], slow=[(2, 64), (5, 10_007)])
 @pytest.mark.parametrize(
     "layout",
     [
@@ -100,7 +101,7 @@ def test_sample_gram(shape, dtype, layout):
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # in what `where` drops
-@pytest.mark.parametrize("n", [2, 3, 4, 7, 16, 33])
+@over("n", [2, 3, 7], slow=[4, 16, 33])
 @pytest.mark.parametrize("trains_relation", [True, False])
 def test_joint_grams(n, trains_relation):
     samples = draw(4, n, 5, dtype=torch.float64) + 1
@@ -136,7 +137,7 @@ def spectra(n: int) -> Tensor:
 
 
 @pytest.mark.skipif(not hasattr(triton.language, "gather"), reason="needs Triton 3.3")
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 11, 16, 17, 32])
+@over("n", [1, 2, 3, 5, 8], slow=[4, 11, 16, 17, 32])
 def test_eigh(n):
     matrices = spectra(n)
     values, vectors = _triton.eigh_by_kernel(matrices)

@@ -5,12 +5,14 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from grids import over
 from torch import Tensor
 
 from renyi_kd import InfoSAMDistiller, infosam_terms
@@ -18,19 +20,32 @@ from renyi_kd import InfoSAMDistiller, infosam_terms
 SCRIPT = Path(ranks.__file__)
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def results(request, tmp_path_factory) -> list[dict]:
+def run_on_ranks(world: int, cases: Iterable[str], folder: Path) -> list[dict]:
     """What each rank came to."""
-    folder = tmp_path_factory.mktemp("ranks")
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}"]
-    command = [sys.executable, *launch, str(SCRIPT), "agree", str(folder)]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    command = [sys.executable, *launch, str(SCRIPT), "agree", str(folder), *cases]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
-@pytest.mark.parametrize("name", ranks.CASES)
-def test_all_ranks_equal_one_process(results, name) -> None:
+def test_two_ranks(tmp_path) -> None:
+    results = run_on_ranks(2, ranks.FAST_CASES, tmp_path)
+    for name in ranks.FAST_CASES:
+        assert_ranks_equal_one_process(results, name)
+    assert_traffic(results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_case(world, tmp_path) -> None:
+    results = run_on_ranks(world, ranks.CASES, tmp_path)
+    for name in ranks.CASES:
+        assert_ranks_equal_one_process(results, name)
+    assert_traffic(results)
+
+
+def assert_ranks_equal_one_process(results: list[dict], name: str) -> None:
     case = ranks.CASES[name]
     expected = ranks.compute(case, len(results))
     short = case.dtype == torch.float32
@@ -41,16 +56,22 @@ def test_all_ranks_equal_one_process(results, name) -> None:
         assert found.keys() == expected.keys()
         for key in expected.keys() - gradients:
             torch.testing.assert_close(
-                found[key], expected[key], rtol=0, atol=1e-6 if short else 1e-12, equal_nan=True
+                found[key],
+                expected[key],
+                rtol=0,
+                atol=1e-6 if short else 1e-12,
+                equal_nan=True,
+                msg=name,
             )
         for key in gradients:
             # That of a key's bias is zero but for rounding.
             allowed = (1e-5 if short else 1e-9) * expected[key].norm()
             allowed += torch.finfo(case.dtype).eps * total
-            assert (found[key] - expected[key]).norm() <= allowed, key
+            assert (found[key] - expected[key]).norm() <= allowed, (name, key)
 
 
-def test_what_a_rank_sends(results) -> None:
+def assert_traffic(results: list[dict]) -> None:
+    """What a rank sends, in bytes."""
     world = len(results)
     others = (world - 1) / world
     batch, dim, pixels, floats = 4, 256, 4096, 4
@@ -97,6 +118,7 @@ def start(kind: str, world: int) -> list[subprocess.Popen]:
     return started
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["die", "die-in-backward", "stay-away"])
 def test_a_lost_rank_is_an_error_on_the_others(kind) -> None:
     *others, lost = start(kind, 3)
@@ -112,12 +134,10 @@ def test_a_lost_rank_is_an_error_on_the_others(kind) -> None:
             process.communicate()
 
 
-@pytest.mark.parametrize(
-    ("kind", "complaint"),
-    [
-        ("differ", "`teacher_relation` must have samples of one shape and dtype on all ranks"),
-        ("differ-in-alpha", "`alpha` and the other options must be the same on all ranks"),
-    ],
+@over(
+    "kind, complaint",
+    [("differ", "`teacher_relation` must have samples of one shape and dtype on all ranks")],
+    slow=[("differ-in-alpha", "`alpha` and the other options must be the same on all ranks")],
 )
 def test_what_differs_on_a_rank_is_an_error_on_all(kind, complaint) -> None:
     messages = []
@@ -175,7 +195,6 @@ def test_a_copy_shares_the_group(group) -> None:
     assert "process_group=<torch" in repr(copied)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_compiled(group) -> None:
     alone, distiller = distillers(group)
     teacher, student = samples(3, 0), samples(3, 1)

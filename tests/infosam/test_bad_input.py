@@ -1,17 +1,17 @@
-"""Every row of the README's table of bad input."""
+"""Every row of the table of bad input that concerns the loss."""
 
 import copy
 import math
 
 import pytest
 import torch
+from grids import over
 from torch import Tensor
 
-import renyi_kd
 from renyi_kd import DotProductRelation, InfoSAMDistiller, RelationModule, infosam_terms
 
 B, D = 4, 8
-ALPHAS = [0.5, 1, 1.01, 2, 3, 3.5, math.inf]
+over_alphas = over("alpha", [0.5, 1, 2, 3], slow=[1.01, 3.5, math.inf])
 
 
 def pair(batch: int = B, dim: int = D, tokens: int = 1) -> tuple[Tensor, Tensor]:
@@ -91,65 +91,13 @@ def test_relations_of_one_sample() -> None:
         infosam_terms(one, one, one, one)
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda g: renyi_kd.renyi_entropy(g, alpha=0), ValueError, "`alpha`"),
-        (lambda g: renyi_kd.renyi_entropy(g, alpha=-math.inf), ValueError, "`alpha`"),
-        (lambda g: renyi_kd.renyi_entropy(g, alpha=True), TypeError, "`alpha`"),
-        (
-            lambda g: renyi_kd.renyi_entropy(g, method="svd"),
-            ValueError,
-            "one of 'frobenius', 'power', 'eigvalsh', 'lanczos', got 'svd'",
-        ),
-        (lambda g: renyi_kd.renyi_entropy(g, 3, method="frobenius"), ValueError, "alpha = 2"),
-        (lambda g: renyi_kd.renyi_entropy(g, 1.5, method="power"), ValueError, "integer alpha"),
-        (lambda g: renyi_kd.renyi_entropy(g, 33, method="power"), ValueError, "from 2 to 32"),
-        (lambda g: renyi_kd.renyi_entropy(g[0]), ValueError, r"\(..., n, n\), got \(3,\)"),
-        (lambda g: renyi_kd.renyi_entropy(g[:2]), ValueError, "linear_kernel"),
-        (lambda g: renyi_kd.renyi_entropy(g.int()), TypeError, "floating-point"),
-        (lambda g: renyi_kd.renyi_entropy(g.to(torch.complex64)), TypeError, "floating-point"),
-        (lambda g: renyi_kd.renyi_entropy(g.tolist()), TypeError, "torch.Tensor, got list"),
-        (lambda g: renyi_kd.renyi_joint_entropy(), ValueError, "at least one Gram matrix"),
-        (lambda g: renyi_kd.renyi_joint_entropy(g, torch.eye(4)), ValueError, "same n samples"),
-        (lambda g: renyi_kd.renyi_mutual_information(g, []), ValueError, "`gram_y`.*at least one"),
-        (lambda g: renyi_kd.renyi_total_correlation(g, g.to("meta")), ValueError, "one device"),
-        (lambda g: renyi_kd.renyi_mutual_information(g, None), TypeError, "`gram_y`.*NoneType"),
-        (
-            lambda g: renyi_kd.renyi_joint_entropy(g.expand(2, 3, 3), g.expand(5, 3, 3)),
-            ValueError,
-            r"must broadcast, got shapes \[\(2, 3, 3\), \(5, 3, 3\)\]",
-        ),
-        (
-            lambda g: renyi_kd.linear_kernel(g.expand(2, 3, 3), g.expand(4, 5, 3, 3)),
-            ValueError,
-            "must broadcast",
-        ),
-        (lambda g: renyi_kd.linear_kernel(g, g.to("meta")), ValueError, "one device"),
-        (lambda g: renyi_kd.linear_kernel(g[:, :0]), ValueError, "one sample a row"),
-        (lambda g: renyi_kd.normalize_gram(g[:2]), ValueError, "`gram`"),
-        (lambda g: renyi_kd.linear_kernel(g[0]), ValueError, "one sample a row"),
-        (lambda g: renyi_kd.linear_kernel(g, g[:, :2]), ValueError, "dimension of `x`, 3"),
-        (lambda g: renyi_kd.linear_kernel(g.long()), TypeError, "`x`"),
-        (lambda g: renyi_kd.rbf_kernel(g, bandwidth=0), ValueError, "`bandwidth`"),
-        (lambda g: renyi_kd.laplacian_kernel(g, bandwidth=-1.0), ValueError, "`bandwidth`"),
-        (lambda g: renyi_kd.polynomial_kernel(g, degree=0), ValueError, "`degree`"),
-        (lambda g: renyi_kd.polynomial_kernel(g, degree=1.5), TypeError, "`degree`"),
-        (lambda g: renyi_kd.polynomial_kernel(g, degree=2, offset=-1), ValueError, "`offset`"),
-    ],
-)
-def test_functionals(call, error, message) -> None:
-    with pytest.raises(error, match=message):
-        call(torch.eye(3))
-
-
 def spoil(features: tuple[Tensor, Tensor], half: int, value: float) -> tuple[Tensor, Tensor]:
     spoiled = tuple(x.clone() for x in features)
     spoiled[half][1].view(-1)[3] = value
     return spoiled
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
+@over_alphas
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("who", ["teacher", "student"])
 @pytest.mark.parametrize("half", [0, 1])
@@ -169,7 +117,7 @@ def test_non_finite_features_give_a_non_finite_loss_and_gradients(alpha, value, 
         assert not tensor.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
+@over_alphas
 def test_a_gradient_scaler_skips_the_step(alpha) -> None:
     torch.manual_seed(0)
     distiller, student = InfoSAMDistiller(D, alpha=alpha), tuple(x.requires_grad_() for x in pair())
@@ -194,7 +142,7 @@ def near_identical(features):
     return tuple(x[:1] + 1e-6 * x for x in features)
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
+@over_alphas
 @pytest.mark.parametrize("degenerate", [zero, identical, near_identical])
 @pytest.mark.parametrize("relation", [RelationModule(D), DotProductRelation()])
 def test_degenerate_features_have_the_right_limit(alpha, degenerate, relation) -> None:
@@ -214,7 +162,7 @@ def test_degenerate_features_have_the_right_limit(alpha, degenerate, relation) -
         assert all(x.grad.abs().max() < 1e-6 for x in student)
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
+@over_alphas
 def test_a_zero_sample_counts_as_orthogonal_to_the_rest(alpha) -> None:
     torch.manual_seed(0)
     embedding, tokens = pair()

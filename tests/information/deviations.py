@@ -1,10 +1,15 @@
-"""Prints the largest |library - reference| in bits per order, over all functionals and routes.
+"""Prints the largest |library - reference| in bits of each order, over all functionals and routes.
 
-Run as `python tests/deviations.py`; the draws are those of test_functionals.py.
+Run as `python tests/information/deviations.py`. The draws are those of the tests.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))
+
 import torch
-from test_functionals import ALPHAS, FUNCTIONALS, deviation, routes
+from functionals import ALPHAS, FUNCTIONALS, deviation, routes
 
 
 def worst(alpha, dtype):

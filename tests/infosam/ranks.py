@@ -1,7 +1,8 @@
-"""What `test_distributed` computes on several ranks, and on one process for comparison.
+"""What `test_processes` computes on several ranks, and on one process for comparison.
 
-As a program under torchrun, `ranks.py agree FOLDER` runs all cases and keeps each rank's results.
-Started by hand on each rank, `ranks.py die|stay-away|differ` shows what becomes of the others.
+As a program under torchrun, `ranks.py agree FOLDER CASE ...` runs the cases and keeps each rank's
+results. Started by hand on each rank, `ranks.py die|stay-away|differ` shows what becomes of the
+others.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import datetime
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from models import SIZE, segment, tiny_sam
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +32,7 @@ from renyi_kd import (
 )
 
 D = 16
+SIZE = 64  # pixels of an image for a SAM
 Results = dict[str, Tensor]
 
 
@@ -74,6 +76,21 @@ CASES = {
 }
 
 
+FAST_CASES = [
+    "float32 2 two",
+    "float64 1.5 ragged",
+    "float64 3 one",
+    "terms on the first rank, calls on others",
+    "functional form",
+    "student alone by distillation",
+    "odd relation",
+    "bfloat16 teacher",
+    "layouts that differ",
+    "accumulated",
+    "checkpointed SAM",
+]
+
+
 class Odd(RelationModule):
     """Buffers of all kinds, a strided parameter, and one that nothing uses."""
 
@@ -106,6 +123,8 @@ class Segmenting(nn.Module):
     """A SAM and its collector: features of images (B, 3, SIZE, SIZE)."""
 
     def __init__(self, checkpointed: bool) -> None:
+        from models import tiny_sam  # the packages of SAMs take seconds to import
+
         super().__init__()
         self.sam = tiny_sam(D)
         if checkpointed:
@@ -116,6 +135,8 @@ class Segmenting(nn.Module):
                 )
 
     def forward(self, images: Tensor) -> Tensor:
+        from models import segment
+
         boxes = torch.tensor([8.0, 8, 40, 50], dtype=images.dtype).repeat(len(images), 1)
         return segment(self.sam, images, boxes)
 
@@ -223,7 +244,8 @@ class Traffic(TorchDispatchMode):
                 (tensor,) = args[0]
                 self.sent["all_reduce"] += 2 * (world - 1) / world * tensor.nbytes
             elif "allgather" in name:
-                self.sent["all_gather"] += (world - 1) * args[1].nbytes
+                (tensor,) = args[1]
+                self.sent["all_gather"] += (world - 1) * tensor.nbytes
             else:
                 raise AssertionError(f"uncounted: {name}")
         return func(*args, **(kwargs or {}))
@@ -242,11 +264,11 @@ def count_traffic() -> dict[str, dict[str, float]]:
     return {"forward": forward.sent, "backward": backward.sent}
 
 
-def agree(folder: Path) -> None:
+def agree(folder: Path, names: list[str]) -> None:
     world, rank = dist.get_world_size(), dist.get_rank()
     results: dict[str, Any] = {}
-    for name, case in CASES.items():
-        results[name] = compute(case, world, dist.group.WORLD)
+    for name in names:
+        results[name] = compute(CASES[name], world, dist.group.WORLD)
     results["traffic"] = count_traffic()
     torch.save(results, folder / f"{rank}.pt")
 
@@ -283,12 +305,13 @@ def misfortune(kind: str) -> None:
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("error")
     torch.set_num_threads(1)
     kind = sys.argv[1]
     patience = datetime.timedelta(seconds=120 if kind == "agree" else 10)
     dist.init_process_group("gloo", timeout=patience)
     if kind == "agree":
-        agree(Path(sys.argv[2]))
+        agree(Path(sys.argv[2]), sys.argv[3:])
     else:
         misfortune(kind)
     dist.barrier()
