@@ -25,13 +25,14 @@ from torch import Tensor
 
 from measure import DEVICE, bandwidth, synchronize
 from renyi_kd import (
-    Lanczos,
     SampleGram,
     linear_kernel,
     rbf_kernel,
     renyi_entropy,
+    renyi_entropy_estimate,
     renyi_mutual_information,
 )
+from renyi_kd.information.routes.tiles import sample_matrices
 from run import device_name
 from textbook import entropy_by_eigenvalues
 
@@ -59,8 +60,8 @@ def main() -> None:
     parser.add_argument("--largest", type=int, default=262144, help="number of samples")
     options = parser.parse_args()
     bytes_a_second = bandwidth()
-    rows = [row for n in options.sizes for row in of_matrices(n, bytes_a_second)]
-    tradeoff = of_options(options.sizes[-1])
+    rows = [row for n in options.sizes for row in matrix_rows(n, bytes_a_second)]
+    tradeoff = option_rows(options.sizes[-1])
     sections = [
         head(bytes_a_second),
         matrix_table(rows),
@@ -71,7 +72,7 @@ def main() -> None:
     plot(rows, tradeoff, options.sizes[-1]).savefig(target.with_suffix(".png"), dpi=120)
     sections.append(f"![time by n, and error by time]({name}.png)\n")
     target.write_text("\n".join(sections))  # before the hour of many samples
-    sections.append(of_many_samples(options.largest))
+    sections.append(many_samples_table(options.largest))
     target.write_text("\n".join(sections))
     print(target.read_text())
 
@@ -102,7 +103,7 @@ def both_passes(
     return forward, lambda: torch.autograd.grad(entropy(leaf), leaf)
 
 
-def of_matrices(n: int, bytes_a_second: float) -> list[Row]:
+def matrix_rows(n: int, bytes_a_second: float) -> list[Row]:
     """All routes at one n: of an RBF matrix of 16 dimensions, and of samples of 64."""
     torch.manual_seed(0)
     gram = rbf_kernel(torch.randn(n, 16, device=DEVICE))
@@ -118,7 +119,7 @@ def of_matrices(n: int, bytes_a_second: float) -> list[Row]:
     if n > 128:
         routes |= {
             f"lanczos, α = {alpha}": (
-                lambda k, alpha=alpha: renyi_entropy(k, alpha, method="lanczos"),
+                lambda k, alpha=alpha: renyi_entropy_estimate(k, alpha=alpha).bits,
                 gram,
                 alpha,
             )
@@ -161,7 +162,7 @@ def from_spectrum(eigenvalues: Tensor, alpha: float) -> float:
     return (p**alpha).sum().log2().item() / (1 - alpha)
 
 
-def of_options(n: int) -> list[tuple[float, str, float, float, float]]:
+def option_rows(n: int) -> list[tuple[float, str, float, float, float]]:
     """Order, options, forward seconds, largest error of ten draws, mean estimate of it."""
     torch.manual_seed(0)
     gram = rbf_kernel(torch.randn(n, 16, device=DEVICE))
@@ -172,22 +173,23 @@ def of_options(n: int) -> list[tuple[float, str, float, float, float]]:
         for rank, probes in [(8, 8), (16, 8), (32, 16), (64, 32), (128, 32), (256, 64)]:
             if rank + probes >= n:
                 continue
-            method = Lanczos(rank, probes, torch.Generator(DEVICE).manual_seed(1))
-            pairs = [
-                renyi_entropy(gram, alpha, method=method, return_error=True) for _ in range(10)
-            ]
-            error = max(abs(value.item() - exact) for value, _ in pairs)
-            claimed = sum(estimate.item() for _, estimate in pairs) / len(pairs)
-
-            def call(alpha: float = alpha, method: Lanczos = method) -> object:
-                return renyi_entropy(gram, alpha, method=method)
-
-            found.append((alpha, f"{rank} + {probes}", timed(call), error, claimed))
+            estimate = partial(
+                renyi_entropy_estimate,
+                gram,
+                alpha=alpha,
+                rank=rank,
+                probes=probes,
+                generator=torch.Generator(DEVICE).manual_seed(1),
+            )
+            draws = [estimate() for _ in range(10)]
+            error = max(abs(draw.bits.item() - exact) for draw in draws)
+            claimed = sum(draw.error.item() for draw in draws) / len(draws)
+            found.append((alpha, f"{rank} + {probes}", timed(estimate), error, claimed))
             print(found[-1], file=sys.stderr)
     return found
 
 
-def of_many_samples(largest: int) -> str:
+def many_samples_table(largest: int) -> str:
     """Streaming and estimates where no matrix would fit, RBF kernels of 32 dimensions."""
     lines = [
         "## Many samples",
@@ -207,7 +209,7 @@ def of_many_samples(largest: int) -> str:
         x = torch.randn(n, 32, device=DEVICE)
         y = x + torch.randn(n, 32, device=DEVICE)
         grams = [SampleGram(z.requires_grad_(), rbf_kernel, bandwidth=BANDWIDTH) for z in (x, y)]
-        for cells in of_samples(grams, n):
+        for cells in sample_cells(grams, n):
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             *cells, error = cells
             lines.append(f"| {n} | {' | '.join(cells)} | {memory:.1f} GB | {error} |")
@@ -216,7 +218,7 @@ def of_many_samples(largest: int) -> str:
     return "\n".join([*lines, ""])
 
 
-def of_samples(grams: list[SampleGram], n: int) -> Iterator[tuple[str, ...]]:
+def sample_cells(grams: list[SampleGram], n: int) -> Iterator[tuple[str, ...]]:
     """What, seconds, two ratios and an error, of one number of samples."""
     clock = once if n > 20000 else timed
     if n <= 65536:
@@ -237,8 +239,7 @@ def of_samples(grams: list[SampleGram], n: int) -> Iterator[tuple[str, ...]]:
             errors = []
 
             def estimate(alpha: float = alpha, errors: list[float] = errors) -> None:
-                _, error = renyi_entropy(grams[0], alpha, method="lanczos", return_error=True)
-                errors.append(error.item())
+                errors.append(renyi_entropy_estimate(grams[0], alpha=alpha).error.item())
 
             seconds = clock(estimate)
             claimed = f"{median(errors):.1e}"
@@ -260,13 +261,13 @@ def kernel_blocks(grams: list[SampleGram], own: bool, size: int = 1024) -> None:
     slices = [slice(i, i + size) for i in range(0, n, size)]
     with torch.no_grad():
         for gram in grams:
-            tiles = gram.tiles()
+            (matrix,), _ = sample_matrices([gram])
             for i in slices:
                 for j in slices:
                     if own:
-                        tiles[i, j]
+                        matrix[i, j]
                     else:
-                        gram.kernel(gram.x[i], gram.x[j], **gram.options)
+                        gram.kernel(gram.x[i], gram.x[j], **gram.kernel_options)
 
 
 def head(bytes_a_second: float) -> str:
@@ -298,11 +299,12 @@ def matrix_table(rows: list[Row]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        of = reference[row.n]
+        textbook = reference[row.n]
         floor = f"{row.both / row.floor:.3g}" if row.floor == row.floor else ""
+        ratios = textbook.forward / row.forward, textbook.both / row.both
         lines.append(
-            f"| {row.n} | {row.route} | {1e3 * row.forward:.3g} | {of.forward / row.forward:.3g} "
-            f"| {1e3 * row.both:.3g} | {of.both / row.both:.3g} | {floor} | {row.error:.1e} |"
+            f"| {row.n} | {row.route} | {1e3 * row.forward:.3g} | {ratios[0]:.3g} "
+            f"| {1e3 * row.both:.3g} | {ratios[1]:.3g} | {floor} | {row.error:.1e} |"
         )
     return "\n".join([*lines, ""])
 

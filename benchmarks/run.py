@@ -134,12 +134,12 @@ def entropy_table(entropies: Results) -> list[str]:
 
 def plot(losses: Results, entropies: Results) -> plt.Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    of_alpha_2 = [x for x in losses if x["alpha"] == 2 and x["layout"] == "channels first"]
+    at_order_2 = [x for x in losses if x["alpha"] == 2 and x["layout"] == "channels first"]
     for route in ROUTES:
-        curve = sorted((x["batch"], 1e3 * x["time"]) for x in of_alpha_2 if x["route"] == route)
+        curve = sorted((x["batch"], 1e3 * x["time"]) for x in at_order_2 if x["route"] == route)
         if curve:
             left.plot(*zip(*curve, strict=True), "o-", color=COLORS[route], label=route)
-    floor = sorted({(x["batch"], 1e3 * x["floor"]) for x in of_alpha_2})
+    floor = sorted({(x["batch"], 1e3 * x["floor"]) for x in at_order_2})
     if floor:
         left.plot(*zip(*floor, strict=True), "--", color=COLORS["floor"], label="memory floor")
         left.set_xticks([batch for batch, _ in floor], [str(batch) for batch, _ in floor])
@@ -154,7 +154,7 @@ def plot(losses: Results, entropies: Results) -> plt.Figure:
             label = "eigvalsh, float32" if route == "textbook" else f"α = {route}"
             right.plot(*zip(*curve, strict=True), "o-", color=color, label=label)
     right.set(title="Entropy, forward and backward", xlabel="n", ylabel="ms")
-    for axes, is_log in ((left, of_alpha_2), (right, entropies)):
+    for axes, is_log in ((left, at_order_2), (right, entropies)):
         if is_log:
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")

@@ -1,49 +1,94 @@
-"""The README's Python blocks run, in order, in one namespace."""
+"""The Python blocks of the README and of the pages run, and their links lead somewhere."""
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from models import SIZE, segment, tiny_sam
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+ALL_PAGES = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
+ALL_PAGES += [*ROOT.glob("examples/**/README.md"), ROOT / "benchmarks" / "README.md"]
 
 
-def test_python_blocks_run(monkeypatch) -> None:
-    # What torchrun sets.
-    one = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    for name, value in one.items():
-        monkeypatch.setenv(name, value)
+def run_blocks(page: Path, namespace: dict) -> dict:
+    """Execute the page's Python blocks, in order, in one namespace."""
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), namespace)
+    return namespace
+
+
+def of_readme() -> dict:
+    """What the README takes as given: a SAM of 256 channels, a data loader and functions."""
     torch.manual_seed(0)
-    sam, untouched = tiny_sam(256), tiny_sam(256)
     images, boxes = torch.randn(2, 3, SIZE, SIZE), torch.tensor([[1.0, 2, 30, 40], [5, 5, 20, 50]])
+    sam = tiny_sam(256)
     masks = (segment(sam, images, boxes) > 0).float()
-    namespace = {
-        "torch": torch,
-        "device": "cpu",
+    return {
         "sam": sam,
+        "device": "cpu",
         "loader": [(images, boxes, masks)],
         "predict": segment,
         "criterion": F.binary_cross_entropy_with_logits,
     }
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    of_training = {}
-    for block in blocks:
-        exec(block, namespace)
-        if "init_process_group" in block:
-            assert namespace["distiller"].process_group is torch.distributed.group.WORLD
-            torch.distributed.destroy_process_group()
-        elif "optimizer" in block:
-            of_training = dict(namespace)
-    assert len(blocks) == 5
-    assert namespace["loss"].isfinite()
-    student, distiller = of_training["student"], of_training["distiller"]
-    adapters = [p for name, p in student.named_parameters() if "lora_B" in name]
+
+
+@pytest.fixture(scope="module")
+def readme() -> dict:
+    return run_blocks(ROOT / "README.md", of_readme())
+
+
+def test_readme(readme) -> None:
+    assert readme["loss"].isfinite()
+    adapters = [p for name, p in readme["student"].named_parameters() if "lora_B" in name]
     assert adapters
     assert all((p != 0).any() for p in adapters)  # they start at zero
-    assert distiller.relation.query_proj.weight in of_training["optimizer"].state
-    torch.testing.assert_close(namespace["teacher"].state_dict(), untouched.state_dict())
-    assert namespace["figures"]["relation_cosine"] < 1
-    assert 0 < namespace["bits"] < 7
-    assert namespace["error"] < 0.1
+    assert readme["distiller"].relation.query_proj.weight in readme["optimizer"].state
+    torch.testing.assert_close(readme["teacher"].state_dict(), tiny_sam(256).state_dict())
+    assert 0 < readme["information"] < readme["entropy"] + 10
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+def test_page(page, readme, monkeypatch) -> None:
+    # What torchrun sets.
+    one = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in one.items():
+        monkeypatch.setenv(name, value)
+    result = run_blocks(page, dict(readme))
+    if page.stem == "processes":
+        assert result["distiller"].process_group is torch.distributed.group.WORLD
+        torch.distributed.destroy_process_group()
+    elif page.stem == "training-loop":
+        assert -1 <= result["figures"]["relation_cosine"] <= 1
+        assert result["cached"].image_embedding is result["embedding"]
+        assert result["loss"].requires_grad
+    elif page.stem == "routes":
+        assert result["error"] < 0.1
+    else:
+        assert result.keys() == readme.keys(), "a page with new code needs a check here"
+
+
+def heading_anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    words = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {"#" + heading.strip().replace(" ", "-") for heading in words}
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=[str(p.relative_to(ROOT)) for p in ALL_PAGES])
+def test_links(page) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not link.startswith("http"):
+            path, sharp, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            if sharp:
+                assert sharp + anchor in heading_anchors(target), link
+
+
+def test_readme_is_a_welcome() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
