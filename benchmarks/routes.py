@@ -32,7 +32,7 @@ from renyi_kd import (
     renyi_entropy_estimate,
     renyi_mutual_information,
 )
-from renyi_kd.information.routes.tiles import sample_matrices
+from renyi_kd.information.routes.tiles import tiled_kernels
 from run import device_name
 from textbook import entropy_by_eigenvalues
 
@@ -261,7 +261,7 @@ def kernel_blocks(grams: list[SampleGram], own: bool, size: int = 1024) -> None:
     slices = [slice(i, i + size) for i in range(0, n, size)]
     with torch.no_grad():
         for gram in grams:
-            (matrix,), _ = sample_matrices([gram])
+            (matrix,), _ = tiled_kernels([gram])
             for i in slices:
                 for j in slices:
                     if own:

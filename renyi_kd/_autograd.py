@@ -1,4 +1,4 @@
-"""Derivatives that exist once, and raise an error instead of being zero the second time."""
+"""Gradients that cannot be differentiated again, and raise an error if one tries."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -35,11 +35,11 @@ class _NoDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
+        return gradient
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor, ...]:
         raise RuntimeError(
             "The gradient of many samples or of an estimate has no derivative. "
-            "Give the Gram matrix itself, as `kernel(x)`, and an exact method."
+            "Give the Gram matrix itself, `kernel(x)`, to an exact functional, as renyi_entropy."
         )

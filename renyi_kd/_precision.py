@@ -1,4 +1,4 @@
-"""Which dtype computes, whatever autocast and `torch.set_float32_matmul_precision` allow."""
+"""The dtype of the arithmetic, whatever autocast and reduced matmul precision would make of it."""
 
 from functools import reduce
 

@@ -1,7 +1,7 @@
 """Triton kernels for CUDA.
 
 They read each map once, and decompose a stack of small matrices in one launch. Importing this
-module registers them with the operators of both wings. The PyTorch forms stay what a CPU runs, what
+module registers them with the operators they serve. The PyTorch forms stay what a CPU runs, what
 serves where a kernel cannot, and the reference of the kernels.
 """
 
@@ -230,9 +230,9 @@ def _joint_backward_kernel(
     grad_cosine = tl.where(which == 2, grad_features * tokens, grad_cosine)
     grad_cosine = tl.where(which == 3, grad_features * image, grad_cosine) / n
 
-    along = grad_cosine * cosine
-    along = tl.sum(along, axis=0) + tl.sum(along, axis=1)
-    grad_diagonal = along * inverse_norm * inverse_norm / -2
+    grad_log_cosine = grad_cosine * cosine
+    sums = tl.sum(grad_log_cosine, axis=0) + tl.sum(grad_log_cosine, axis=1)
+    grad_diagonal = sums * inverse_norm * inverse_norm / -2
     grad_gram = grad_cosine * inverse_norm[:, None] * inverse_norm[None, :]
     grad_gram += tl.where(row == column, grad_diagonal[:, None], 0.0)
     tl.store(grad_grams + which * n * n + at, grad_gram, mask=inside)

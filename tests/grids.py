@@ -12,7 +12,7 @@ def over(names, fast, slow=(), ids=None):
 
 
 def over_cases(names, table, fast):
-    """The same over the values of a dictionary, by its keys; all but those in `fast` are slow."""
+    """`over` the values of a dictionary, named by its keys; all but those in `fast` are slow."""
     assert set(fast) <= set(table)
     return pytest.mark.parametrize(
         names,

@@ -2,7 +2,9 @@
 
 import ast
 import re
+import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import renyi_kd
@@ -12,7 +14,7 @@ GROUND_FLOOR = ["_checks", "_precision", "_autograd"]
 
 
 def files_in_order(package: str) -> list[str]:
-    """The files that a package's docstring names, those of packages inside in their place."""
+    """The files that a package's docstring names, with those of a subpackage in its place."""
     folder = ROOT / package.replace(".", "/")
     docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
     without_remarks = re.sub(r"\(.*?\)", "", docstring, flags=re.DOTALL)
@@ -74,9 +76,15 @@ def test_the_loss_asks_information_for_entropies_and_inner_products_alone():
 def test_only_the_package_itself_imports_the_kernels():
     for module in ORDER:
         assert "_triton" not in imports_of(module), module
-    assert 'import_module("renyi_kd._triton")' in (ROOT / "__init__.py").read_text()
+    assert ("renyi_kd._triton" in sys.modules) == (find_spec("triton") is not None)
     kernels = imports_of("_triton") & set(ORDER)
     assert {name.split(".")[0] for name in kernels} == {"information", "infosam"}
+
+
+def test_the_library_imports_without_triton_and_without_a_warning():
+    code = "import sys; sys.modules['triton'] = None; import renyi_kd; "
+    code += "assert 'renyi_kd._triton' not in sys.modules"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
 def test_the_core_imports_torch_and_einops_alone():

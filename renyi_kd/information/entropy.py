@@ -1,11 +1,12 @@
 r"""Entropy, joint and conditional entropy, mutual information, total correlation (Def. 1-3).
 
-Each functional is a sum of joint entropies with signs, and ends in that sum. The terms name the
-variables by numbers: `(+1, x), (+1, y), (-1, x + y)` is :math:`S(X) + S(Y) - S(X, Y)`.
+Each functional is a sum of joint entropies with signs, and its last line spells out that sum. There
+the variables are numbers: `x` and `y` are tuples of them, `x + y` is both, and the terms
+`(+1, x), (+1, y), (-1, x + y)` are :math:`S(X) + S(Y) - S(X, Y)`.
 
-The arithmetic is in float64, but for the products of large float32 matrices at integer orders,
-which are IEEE float32. Neither autocast nor `torch.set_float32_matmul_precision` touches it,
-forward or backward. Results have the promoted dtype of the arguments, at least float32.
+The arithmetic is in float64, except for the powers of a single large float32 matrix, which are IEEE
+float32. Neither autocast nor `torch.set_float32_matmul_precision` touches it, forward or backward.
+Results have the promoted dtype of the arguments, at least float32.
 """
 
 from collections.abc import Sequence
@@ -70,12 +71,12 @@ def renyi_entropy(
         gradient on the range of the matrix. At orders below 1, eigenvalues up to `n * eps` times
         the largest count as zero.
 
-        `"eigvalsh"` makes a CUDA device wait for the host, except up to n = 32 with Triton 3.3 or
+        `"eigvalsh"` makes the host wait for a CUDA device, except up to n = 32 with Triton 3.3 or
         newer. It has no second derivative on repeated eigenvalues, and none at all on CUDA up to
-        n = 32. `"frobenius"` and `"power"` do not wait, and have a second derivative except of a
-        `SampleGram` of 512 samples or more.
+        n = 32. `"frobenius"` and `"power"` do not wait. They have a second derivative, except at
+        order 2 of a `SampleGram` of 512 samples or more whose kernel is not linear.
 
-        From n = 512 on, `"power"` multiplies float32 matrices in float32, up to alpha 8. Its
+        From n = 512 on, `"power"` multiplies a single float32 matrix in float32, up to alpha 8. Its
         rounding errors average out to some 1e-9 bits, and to 1e-6 bits if all entries are nearly
         equal.
 

@@ -66,8 +66,8 @@ def renyi_entropy_estimate(
         to a per cent or better. On slow decays it is off by 10 to 40 per cent of its norm, at alpha
         6 by up to 70. A larger `rank` helps. It has no second derivative.
 
-        Estimates are independent of each other, so their errors add up in squares. See the second
-        example for a mutual information.
+        Estimates are independent of each other. So the error of a sum of them, such as the mutual
+        information of the second example, is the root of the sum of their squared errors.
 
     References:
         T. Gong, Y. Dong, S. Yu, B. Dong, Computationally efficient approximations for matrix-based

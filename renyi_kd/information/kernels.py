@@ -175,7 +175,7 @@ def normalize_gram(gram: Tensor) -> Tensor:
     both_are_zero = zero.unsqueeze(-1) & zero.unsqueeze(-2)
     cosines = torch.where(
         one_is_zero,
-        # The kernel of a zero sample is zero; it is added so that a NaN there stays one.
+        # The kernel of a zero sample is zero. It is added here so that a NaN stays NaN.
         kernel.detach() + both_are_zero,
         kernel * inverse_norms.unsqueeze(-1) * inverse_norms.unsqueeze(-2),
     )

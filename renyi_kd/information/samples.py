@@ -27,8 +27,9 @@ class SampleGram:
         x: samples, one a row, shape `(..., n, d)`.
         kernel: `linear_kernel`, `polynomial_kernel`, `rbf_kernel`, `laplacian_kernel`, or any other
             symmetric positive semi-definite kernel with their signature. It takes samples
-            `(..., n, d)` and `(..., m, d)` and returns `(..., n, m)`, and each entry must depend on
-            its own two samples alone.
+            `(..., n, d)` and, if not the same, others `(..., m, d)`, and returns `(..., n, m)`.
+            Each entry must depend on its own two samples alone: a kernel that takes a median of
+            what it is given would take another one for each tile.
         kernel_options: passed on to `kernel`. Without a `bandwidth` the median distance over all
             pairs is taken, for at most 8192 samples.
 

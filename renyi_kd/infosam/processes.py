@@ -5,10 +5,9 @@ sent a slice of the features of all samples (all-to-all) and makes partial Gram 
 these are added up (all-reduce). Whatever the number of ranks, each sends its own features once.
 Gathering the samples would send them to every other rank.
 
-All ranks end up with the same matrices, and so with the same loss :math:`L`. Gradients follow the
-convention of DistributedDataParallel, which averages over the ranks. So each of :math:`R` ranks
-passes back its part of the gradient of :math:`R L`, which is the sum of what all ranks call their
-loss.
+All ranks end up with the same matrices, and so with the same loss. DistributedDataParallel will
+average the gradients of the ranks. Each rank computes the part of the gradient that its own samples
+have, which is to be summed over the ranks, so it is multiplied by their number here.
 """
 
 from typing import Any
@@ -194,11 +193,11 @@ class _SumOverRanks(torch.autograd.Function):
     def forward(ctx: Any, grams: Tensor, group: "dist.ProcessGroup") -> Tensor:
         ctx.world = dist.get_world_size(group)
         i, j = torch.triu_indices(*grams.shape[-2:], device=grams.device)
-        halves = grams[..., i, j].contiguous()
-        dist.all_reduce(halves, group=group)
+        upper_triangle = grams[..., i, j].contiguous()
+        dist.all_reduce(upper_triangle, group=group)
         total = torch.empty_like(grams)
-        total[..., i, j] = halves
-        total[..., j, i] = halves
+        total[..., i, j] = upper_triangle
+        total[..., j, i] = upper_triangle
         return total
 
     @staticmethod

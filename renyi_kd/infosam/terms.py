@@ -84,8 +84,9 @@ def infosam_terms(
     Args:
         teacher_relation: :math:`r^T`, shape `(B, ...)`.
         student_relation: :math:`r^S`, shape `(B, ...)`.
-        image_embedding: :math:`z_i^T` of the teacher, detached, shape `(B, ...)`.
-        mask_tokens: :math:`z_m^T` of the teacher, detached, shape `(B, ...)`.
+        image_embedding: :math:`z_i^T` of the teacher, shape `(B, ...)`. Detach it, unless the
+            compression term is to train it.
+        mask_tokens: :math:`z_m^T` of the teacher, shape `(B, ...)`. Detach them likewise.
         alpha: Rényi order > 0, `math.inf` included.
         compression_weight: :math:`\lambda_1` >= 0.
         distillation_weight: :math:`\lambda_2` >= 0.

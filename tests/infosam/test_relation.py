@@ -7,7 +7,6 @@ from tensors import LAYOUTS, draw, relative_error
 from torch import Tensor
 
 from renyi_kd import DotProductRelation, InfoSAMDistiller, RelationModule
-from renyi_kd._precision import ieee_dtype
 from renyi_kd.infosam.operators.batch_gram import batch_gram
 
 over_layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -109,20 +108,6 @@ def test_precision_is_kept_under_autocast_and_reduced_matmul_precision(residual)
     for value, exact in zip(values, expected, strict=True):
         assert relative_error(value, exact) < 1e-6
     assert (batch_gram(rows.float()) - reference).abs().max() < 1e-8
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_reduced_matmul_precision_calls_for_float64(device):
-    """Many a CPU ignores the setting, so that no result there would show it."""
-    before = torch.get_float32_matmul_precision()
-    dtypes = []
-    try:
-        for precision in ("highest", "high", "medium"):
-            torch.set_float32_matmul_precision(precision)
-            dtypes.append(ieee_dtype(torch.float32, torch.device(device)))
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert dtypes == [torch.float32, torch.float64, torch.float64]
 
 
 def test_the_graph_holds_the_maps_and_nothing_of_their_size():

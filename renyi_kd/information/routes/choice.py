@@ -30,8 +30,8 @@ Method: TypeAlias = Literal["frobenius", "power", "eigvalsh"]
 # of samples need no matrix.
 LARGE = 512
 
-# The largest order whose products may be float32. Eigenvalues between 1 / sqrt(n) and sqrt(n) stay
-# within its range when they are raised to this power.
+# The largest order whose products may be float32. The largest eigenvalue of a scaled matrix lies
+# between 1 / sqrt(n) and sqrt(n), and to this power it stays within the range.
 _MAX_FLOAT32_POWER = 8
 
 
@@ -41,9 +41,9 @@ def choose_method(alpha: float, method: Method | None) -> Method:
     Raises:
         ValueError: `method` is unknown, or cannot serve `alpha`.
     """
-    integer = 2 <= alpha <= MAX_POWER and alpha == int(alpha)
+    has_power = 2 <= alpha <= MAX_POWER and alpha == int(alpha)
     if method is None:
-        return "frobenius" if alpha == 2 else "power" if integer else "eigvalsh"
+        return "frobenius" if alpha == 2 else "power" if has_power else "eigvalsh"
     if method not in get_args(Method):
         raise ValueError(
             f"`method` must be one of {', '.join(map(repr, get_args(Method)))}, got {method!r}. "
@@ -54,7 +54,7 @@ def choose_method(alpha: float, method: Method | None) -> Method:
             f"`method` 'frobenius' needs alpha = 2, got alpha = {alpha}. "
             f"Use 'eigvalsh', or None to choose."
         )
-    if method == "power" and not integer:
+    if method == "power" and not has_power:
         raise ValueError(
             f"`method` 'power' needs an integer alpha from 2 to {MAX_POWER}, got alpha = {alpha}. "
             f"Use 'eigvalsh', or None to choose."
@@ -108,7 +108,7 @@ def joint_entropies(
             found[subset] = _entropy_by_dual(samples, alpha, method)
     rest = [subset for subset in subsets if subset not in found]
     if rest:
-        # Without those that only a dual needed, which may be too many for a matrix.
+        # Kernels that the dual alone served are left out: their matrices may be too large to make.
         needed = sorted({v for subset in rest for v in subset})
         renumbered = [tuple(needed.index(v) for v in subset) for subset in rest]
         entropies = _entropies_without_dual(

@@ -57,8 +57,8 @@ def order_2_entropy_of_dual(dual: Tensor) -> Tensor:
 def dual_error(grams: Sequence[SampleGram]) -> float:
     """Return the relative rounding error of the entries of `dual_matrix`.
 
-    Rounding a sample moves the singular values of all of them by its relative error, and so the
-    eigenvalues, their squares, by its square.
+    Rounding the samples by a relative error turns singular values of zero into ones of its size,
+    and so eigenvalues of zero, which are their squares, into ones of the size of its square.
     """
     of_samples = torch.finfo(compute_dtype(*grams)).eps ** 2
     return max(of_samples, torch.finfo(torch.float64).eps)

@@ -51,10 +51,10 @@ def entropy_from_eigenvalues(matrix: Tensor, alpha: float, *, epsilon: float) ->
 
 
 def _probabilities(eigenvalues: Tensor, alpha: float, epsilon: float) -> Tensor:
-    """Return the eigenvalues as probabilities, whose gradient is that on the matrix's range.
+    """Return the eigenvalues as probabilities, with a gradient on the range of the matrix alone.
 
-    An eigenvalue that is zero but for rounding lies off the range of the matrix. At orders up to 1
-    the derivative there is unbounded, and at higher orders it is noise.
+    The range is spanned by the eigenvectors whose eigenvalue is not zero but for rounding. Off it
+    the derivative is unbounded at orders up to 1, and noise at higher orders.
     """
     p = eigenvalues.clamp(min=0)
     # Below order 1 the rounding errors of zero eigenvalues would count as information, so the whole

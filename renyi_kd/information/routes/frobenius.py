@@ -3,9 +3,9 @@ r"""Order 2 by the Frobenius norms of large Hadamard products, tile by tile (Inf
 .. math:: S_2(K_1, \dots, K_k) = -\log_2 \frac{\lVert K_1 \circ \dots \circ K_k \rVert_F^2}
     {(\operatorname{tr} K_1 \circ \dots \circ K_k)^2}
 
-A joint entropy is written as the subset of the matrices it is of. All the entropies that are asked
-for are summed up in one pass, which reads or evaluates each matrix once. Nothing as large as a
-matrix is written but the gradient of one that is given as a matrix.
+A joint entropy is named by the numbers of its matrices, its subset. One pass over the tiles, which
+reads or evaluates each matrix once, collects the norms of all joints that are asked for. Nothing as
+large as a matrix is written but the gradient of one that is given as a matrix.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,10 +21,10 @@ from renyi_kd.information.routes.tiles import (
     Evaluate,
     Progress,
     each_tile,
+    from_rows_and_columns,
     gradients_of_samples,
-    put_together,
     rows_and_columns,
-    sample_matrices,
+    tiled_kernels,
     upper_tiles,
 )
 from renyi_kd.information.samples import SampleGram
@@ -65,7 +65,7 @@ def entropies_of_samples(
     Returns:
         Entropies in bits, float64, shape `(len(subsets), ...)`. They have no second derivative.
     """
-    matrices, diagonals = sample_matrices(grams)
+    matrices, diagonals = tiled_kernels(grams)
     evaluate = [matrix.evaluate for matrix in matrices]
     norms = _NormsOfSamples.apply(subsets, evaluate, progress, *rows_and_columns(matrices))
     traces = [hadamard_product(diagonals, subset).sum(dim=-1) for subset in subsets]
@@ -131,7 +131,7 @@ class _NormsOfSamples(torch.autograd.Function):
         ctx.subsets, ctx.evaluate, ctx.progress = subsets, evaluate, progress
         ctx.save_for_backward(*samples)
         norms = samples[0].new_zeros(len(subsets), *samples[0].shape[:-2])
-        for i, j, tiles in each_tile(put_together(samples, evaluate), progress):
+        for i, j, tiles in each_tile(from_rows_and_columns(samples, evaluate), progress):
             norms += (1 if i == j else 2) * _squared_norms(tiles, subsets)
         return norms
 
@@ -144,7 +144,7 @@ class _NormsOfSamples(torch.autograd.Function):
             counted = grad_norms if i == j else 2 * grad_norms
             return list(_gradients_of_tiles(tiles, ctx.subsets, counted, wanted).values())
 
-        matrices = put_together(ctx.saved_tensors, ctx.evaluate)
+        matrices = from_rows_and_columns(ctx.saved_tensors, ctx.evaluate)
         needed = ctx.needs_input_grad[3:]
         gradients = gradients_of_samples(matrices, gradients_of_entries, needed, ctx.progress)
         return None, None, None, *gradients

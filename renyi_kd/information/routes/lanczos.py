@@ -15,10 +15,10 @@ from renyi_kd.information.routes.tiles import (
     Evaluate,
     Progress,
     each_tile,
+    from_rows_and_columns,
     gradients_of_samples,
-    put_together,
     rows_and_columns,
-    sample_matrices,
+    tiled_kernels,
 )
 from renyi_kd.information.samples import SampleGram
 
@@ -27,7 +27,7 @@ def estimate_of_matrix(gram: Tensor, alpha: float, vectors: Vectors) -> tuple[Te
     """Return the entropy of a symmetric matrix of shape `(..., n, n)` and its standard error.
 
     Both are in bits, float64, of shape `(...)`. The entropy has no second derivative, and the error
-    has none at all.
+    passes no gradient.
     """
     bits, error = _EstimateOfMatrix.apply(gram, alpha, vectors)
     return bits, error
@@ -37,7 +37,7 @@ def estimate_of_samples(
     grams: Sequence[SampleGram], alpha: float, vectors: Vectors, progress: Progress | None
 ) -> tuple[Tensor, Tensor]:
     """Return the same of the joint of kernels of samples, whose leading dimensions broadcast."""
-    matrices, diagonals = sample_matrices(grams)
+    matrices, diagonals = tiled_kernels(grams)
     trace = hadamard_product(diagonals, range(len(grams))).sum(dim=-1)
     evaluate = [matrix.evaluate for matrix in matrices]
     bits, error = _EstimateOfSamples.apply(
@@ -99,7 +99,7 @@ class _EstimateOfSamples(torch.autograd.Function):
         trace: Tensor,
         *samples: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        matrices, all_of_them = put_together(samples, evaluate), range(len(evaluate))
+        matrices, all_of_them = from_rows_and_columns(samples, evaluate), range(len(evaluate))
         scale = _reciprocal(trace)
         squared_norm = torch.zeros_like(trace)
 
@@ -150,7 +150,7 @@ class _EstimateOfSamples(torch.autograd.Function):
                 for v in wanted
             ]
 
-        matrices = put_together(samples, ctx.evaluate)
+        matrices = from_rows_and_columns(samples, ctx.evaluate)
         needed = ctx.needs_input_grad[5:]
         gradients = gradients_of_samples(matrices, gradients_of_entries, needed, ctx.progress)
         return None, None, None, None, grad_trace, *gradients
@@ -171,11 +171,12 @@ def _in_bits(estimate: PowerTrace, alpha: float, trace: Tensor) -> tuple[Tensor,
 def _gradients_of_power_and_trace(
     grad_bits: Tensor, estimate: PowerTrace, alpha: float, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    r"""Return the gradients of the two parts of the entropy of a matrix K.
+    r"""Return what the gradients through the power and through the trace are multiplied with.
 
-    It is a logarithm of :math:`\operatorname{tr} (K / t)^\alpha`, where :math:`t` is the trace. The
-    first gradient is that of :math:`K / t` along the power, over :math:`t`. The second is that of
-    :math:`t`.
+    The entropy of K is a multiple of :math:`\log(\operatorname{tr} K^\alpha / t^\alpha)`, where
+    :math:`t` is the trace. The first factor belongs to the gradient of
+    :math:`\operatorname{tr} A^\alpha` at :math:`A = K / t`, which `PowerTrace` holds, and contains
+    the 1 / t of the inner derivative. The second is the gradient of :math:`t` in the denominator.
     """
     grad_log = grad_bits / ((1 - alpha) * math.log(2))
     zero = estimate.value == 0

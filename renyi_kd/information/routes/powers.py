@@ -16,8 +16,7 @@ from torch import Tensor
 
 from renyi_kd.information.routes.tiles import upper_tiles
 
-# The largest exponent. Beyond it n^(1 - alpha) nears the end of the range of float64, and
-# eigenvalues cost no more than the products.
+# The largest exponent. It takes seven products at most; eigenvalues take the time of about ten.
 MAX_POWER = 32
 
 # A product of two powers of one symmetric matrix is symmetric, so its upper triangle is enough.
@@ -25,9 +24,10 @@ MAX_POWER = 32
 _TRIANGLE = 512
 _STRIPS = 8
 
-# What is summed or copied at a time, so that it stays in the cache: square tiles of this width, and
-# for sums that convert their arguments this number of rows.
+# The width of the square tiles that are copied at a time, so that they stay in the cache.
 _WIDTH = 256
+
+# The number of rows whose products are summed at a time, where they are converted to float64 first.
 _ROWS = 64
 
 

@@ -138,7 +138,8 @@ class _LanczosProcess:
         self.epsilon = torch.finfo(like.dtype).eps
         steps = max(2, math.ceil(alpha / 4))
         # For alpha up to 2 * steps, v'A^alpha v lies between the Gauss and the Gauss-Radau rule,
-        # and nearer to the latter the larger alpha is. The two are mixed in this proportion.
+        # and nearer to the latter the larger alpha is. The two are mixed in this proportion. For
+        # larger alpha the same line is followed beyond the Gauss-Radau rule.
         self.mixture = alpha / (2 * steps)
 
         noise = torch.randn(
@@ -184,7 +185,8 @@ class _LanczosProcess:
         gauss, radau = (self.weights * self.nodes**self.alpha).sum(dim=-1)
         values = torch.lerp(gauss, radau, self.mixture)
         of_range, of_probes = values[..., :rank], values[..., rank:]
-        # How far the rules are from the integral, at most.
+        # How far the mixture is off: a third of the distance between the rules, a figure from
+        # trials, and more the further the line is followed beyond them.
         gap = (gauss - radau).abs() * (max(1.0, self.mixture**2) / 3)
         bias = gap[..., :rank].sum(dim=-1) + rest * gap[..., rank:].mean(dim=-1)
 
@@ -196,18 +198,19 @@ class _LanczosProcess:
         nodes, weights = self.spectrum_of_complement()
         slope, bend, shift = _quadratic_fit(nodes, weights, nodes**self.alpha)
 
-        # A mean over probes becomes a sum over the complement. The probes are orthogonal, which is
-        # drawing without replacement.
+        # The standard error of a sum over the complement from the spread of the probes. They are
+        # orthogonal, so the correction for drawing without replacement applies.
         to_error = rest * math.sqrt((rest - probes) / (rest * probes))
+        # The rounding errors of the n terms of a sum grow like a random walk.
         rounding = self.epsilon * math.sqrt(self.n) / 2
-        doubt = rounding * squared_norm
+        norm_rounding = rounding * squared_norm
 
-        def trusted(coefficient: Tensor, variate: Tensor, doubt: Tensor | float) -> Tensor:
+        def trusted(coefficient: Tensor, variate: Tensor, rounding: Tensor | float) -> Tensor:
             """Take less of a variate, the more the rounding of its known sum weighs."""
             variance = (to_error * variate.std(dim=-1)).square()
-            return coefficient * _ratio(variance, variance + doubt**2)
+            return coefficient * _ratio(variance, variance + rounding**2)
 
-        bend = trusted(bend, second - shift.unsqueeze(-1) * first, doubt)
+        bend = trusted(bend, second - shift.unsqueeze(-1) * first, norm_rounding)
         slope = trusted(slope, first, rounding) - bend * shift
         value = of_range.sum(dim=-1) + rest * of_probes.mean(dim=-1)
         value = value + slope * (known_first - rest * first.mean(dim=-1))
@@ -221,7 +224,7 @@ class _LanczosProcess:
         freedom = max(3, probes - 3)
         deviation = to_error * residual.std(dim=-1) * math.sqrt(freedom / (freedom - 2))
         of_rounding = rounding * self.alpha * (ritz_values.clamp(min=0) ** self.alpha).sum(dim=-1)
-        errors = torch.stack([deviation, slope * rounding, bend * doubt, of_rounding])
+        errors = torch.stack([deviation, slope * rounding, bend * norm_rounding, of_rounding])
         return value, torch.linalg.vector_norm(errors, dim=0) + bias
 
     def gradient(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -243,7 +246,9 @@ class _LanczosProcess:
         mixed = torch.lerp(gauss, radau, self.mixture)[..., :rank, :].to(self.range.dtype)
         basis = torch.stack(self.basis, dim=-1)[..., :rank, :]
         applied = (basis * mixed.unsqueeze(-3)).sum(dim=-1)
-        # The part that leads out of the range is needed on both sides of the symmetric product.
+        # `applied` is the difference from the line, applied to the range. In the symmetric form
+        # (L R' + R L') / 2 its part within the range counts twice and its part that leads out of
+        # the range once on each side. So the former is taken once and the latter twice.
         right = 2 * applied - self.range @ (self.range.mT @ applied)
         return self.range, right, constant, slope
 

@@ -1,8 +1,8 @@
-"""Matrices gone through tile by tile, in forward and again in backward.
+"""Kernels of samples evaluated tile by tile, in forward and again in backward.
 
-The matrices are symmetric, so the tiles on and above the diagonal stand for those below it too. A
-matrix that is made from samples never exists as a whole: each of its tiles is evaluated when its
-turn comes, and evaluated once more for backward. Memory is that of the samples and a few tiles.
+The matrix never exists as a whole. Each tile is evaluated when its turn comes, and once more for
+backward, so that memory is that of the samples and a few tiles. Gram matrices are symmetric, so the
+tiles on and above the diagonal stand for those below it too.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,14 +24,16 @@ Tile: TypeAlias = tuple[slice, slice]
 Evaluate: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Progress: TypeAlias = Callable[[Sequence[Any]], Iterable[Any]]
 
-# The width of a tile: on a CPU a tile should fit into the cache, on a GPU it should fill it.
+# The width of a tile. On a CPU it should fit into the cache, on a GPU it should keep all of it
+# busy.
 _WIDTH, _WIDTH_ON_GPU = 512, 4096
 
 # The median over all pairs of samples takes n x n memory. Up to this n it is a default.
 _LARGEST_MEDIAN = 8192
 
-# The exponent of an RBF kernel by inner products rounds in proportion to the samples' squared
-# distances from the mean. Up to this half of a square, in bandwidths, its error is below 1e-9.
+# By inner products, the exponent of an RBF kernel has a rounding error in proportion to the
+# samples' squared distances from the mean. While half of such a square, in squared bandwidths, is
+# below this, the error is below 1e-9.
 _LARGEST_HALF_SQUARE = 1e6
 
 
@@ -55,8 +57,8 @@ def upper_tiles(n: int, width: int) -> list[Tile]:
 
 
 @dataclass(frozen=True)
-class SampleMatrix:
-    """A matrix made from samples: `evaluate(rows[i], columns[j])` is the tile `(i, j)`.
+class TiledKernel:
+    """A kernel of samples, whose tile `(i, j)` is `evaluate(rows[i], columns[j])`.
 
     `rows` and `columns` have shapes `(..., n, d)`. Both hold the samples, in the form that makes
     `evaluate` cheap.
@@ -71,8 +73,8 @@ class SampleMatrix:
         return self.evaluate(self.rows[..., i, :], self.columns[..., j, :])
 
 
-def sample_matrices(grams: Sequence[SampleGram]) -> tuple[list[SampleMatrix], list[Tensor]]:
-    """Return kernels of samples, ready to be gone through, and their diagonals of shape `(..., n)`.
+def tiled_kernels(grams: Sequence[SampleGram]) -> tuple[list[TiledKernel], list[Tensor]]:
+    """Return kernels to be evaluated tile by tile, and their diagonals of shape `(..., n)`.
 
     The matrices are in float64 and of one shape: leading dimensions are broadcast. Each is
     multiplied by a constant, on which no entropy depends. A zero matrix becomes one of equal
@@ -88,11 +90,11 @@ def sample_matrices(grams: Sequence[SampleGram]) -> tuple[list[SampleMatrix], li
         if gram.shape[:-2] != batch:
             x = gram.x.expand(*batch, *gram.x.shape[-2:])
             gram = SampleGram(x, gram.kernel, **gram.kernel_options)
-        pairs.append(_sample_matrix(gram))
+        pairs.append(_tiled_kernel(gram))
     return [matrix for matrix, _ in pairs], [diagonal for _, diagonal in pairs]
 
 
-def tiles_of(matrices: Sequence[SampleMatrix], progress: Progress | None) -> Iterable[Tile]:
+def tiles_of(matrices: Sequence[TiledKernel], progress: Progress | None) -> Iterable[Tile]:
     """Return the upper tiles of matrices of one shape, through `progress` if there is one."""
     rows = matrices[0].rows
     width = _WIDTH if rows.device.type == "cpu" else _WIDTH_ON_GPU
@@ -101,7 +103,7 @@ def tiles_of(matrices: Sequence[SampleMatrix], progress: Progress | None) -> Ite
 
 
 def each_tile(
-    matrices: Sequence[SampleMatrix], progress: Progress | None
+    matrices: Sequence[TiledKernel], progress: Progress | None
 ) -> Iterator[tuple[slice, slice, list[Tensor]]]:
     """Yield the rows and the columns of each upper tile, and all matrices' entries there."""
     for i, j in tiles_of(matrices, progress):
@@ -113,19 +115,21 @@ def each_tile(
 # matrices together again inside.
 
 
-def rows_and_columns(matrices: Sequence[SampleMatrix]) -> list[Tensor]:
+def rows_and_columns(matrices: Sequence[TiledKernel]) -> list[Tensor]:
     """Return the rows and the columns of each matrix in turn."""
     return [samples for matrix in matrices for samples in (matrix.rows, matrix.columns)]
 
 
-def put_together(samples: Sequence[Tensor], evaluate: Sequence[Evaluate]) -> list[SampleMatrix]:
-    """Return the matrices that have these `rows_and_columns`."""
+def from_rows_and_columns(
+    samples: Sequence[Tensor], evaluate: Sequence[Evaluate]
+) -> list[TiledKernel]:
+    """Do the inverse of `rows_and_columns`."""
     parts = zip(samples[::2], samples[1::2], evaluate, strict=True)
-    return [SampleMatrix(*of_one) for of_one in parts]
+    return [TiledKernel(*part) for part in parts]
 
 
 def gradients_of_samples(
-    matrices: Sequence[SampleMatrix],
+    matrices: Sequence[TiledKernel],
     gradients_of_entries: Callable[[list[Tensor], slice, slice, list[int]], list[Tensor]],
     needed: Sequence[bool],
     progress: Progress | None,
@@ -151,7 +155,7 @@ def gradients_of_samples(
             for x, place, need in zip(samples, places, needed, strict=True)
         ]
         with torch.enable_grad():
-            of_tile = put_together(leaves, [matrix.evaluate for matrix in matrices])
+            of_tile = from_rows_and_columns(leaves, [matrix.evaluate for matrix in matrices])
             entries = [matrix[:, :] for matrix in of_tile]
         gradients = torch.autograd.grad(
             [entries[v] for v in wanted],
@@ -165,7 +169,7 @@ def gradients_of_samples(
     return totals
 
 
-def _sample_matrix(gram: SampleGram) -> tuple[SampleMatrix, Tensor]:
+def _tiled_kernel(gram: SampleGram) -> tuple[TiledKernel, Tensor]:
     x = gram.x.double()
     if gram.kernel is laplacian_kernel:
         return _laplacian(x / _bandwidth(gram, order=1.0))
@@ -181,7 +185,7 @@ def _sample_matrix(gram: SampleGram) -> tuple[SampleMatrix, Tensor]:
     def evaluate(rows: Tensor, columns: Tensor) -> Tensor:
         return gram.kernel(rows, columns, **gram.kernel_options) * scale + shift
 
-    return SampleMatrix(x, x, evaluate), diagonal * scale[..., 0] + shift[..., 0]
+    return TiledKernel(x, x, evaluate), diagonal * scale[..., 0] + shift[..., 0]
 
 
 def _bandwidth(gram: SampleGram, order: float) -> Tensor | float:
@@ -197,29 +201,29 @@ def _bandwidth(gram: SampleGram, order: float) -> Tensor | float:
     return median_distance(gram.x, order)
 
 
-def _laplacian(x: Tensor) -> tuple[SampleMatrix, Tensor]:
+def _laplacian(x: Tensor) -> tuple[TiledKernel, Tensor]:
     """The Laplacian kernel of samples in units of the bandwidth."""
 
     def evaluate(rows: Tensor, columns: Tensor) -> Tensor:
         return (-distances(rows, columns, 1.0)).exp()
 
-    return SampleMatrix(x, x, evaluate), torch.ones_like(x[..., 0])
+    return TiledKernel(x, x, evaluate), torch.ones_like(x[..., 0])
 
 
-def _rbf(x: Tensor) -> tuple[SampleMatrix, Tensor]:
+def _rbf(x: Tensor) -> tuple[TiledKernel, Tensor]:
     """The RBF kernel of samples in units of the bandwidth."""
     ones = torch.ones_like(x[..., 0])
     # Distances do not change with the mean, and around it the inner products round least.
     centred = x - x.detach().mean(dim=-2, keepdim=True)
     halves = centred.square().sum(dim=-1, keepdim=True) / -2
     if not x.is_meta and (halves.detach() < -_LARGEST_HALF_SQUARE).any():
-        return SampleMatrix(x, x, _rbf_by_distances), ones
+        return TiledKernel(x, x, _rbf_by_distances), ones
     # -|a - b|^2 / 2 = ab - |a|^2 / 2 - |b|^2 / 2 is an inner product of longer vectors. Samples
     # come last in memory, since the products of backward, of few columns, are faster so.
     one = torch.ones_like(halves)
     rows = torch.cat([centred.mT, halves.mT, one.mT], dim=-2).mT
     columns = torch.cat([centred.mT, one.mT, halves.mT], dim=-2).mT
-    return SampleMatrix(rows, columns, _rbf_by_inner_products), ones
+    return TiledKernel(rows, columns, _rbf_by_inner_products), ones
 
 
 def _rbf_by_inner_products(rows: Tensor, columns: Tensor) -> Tensor:

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from renyi_kd._precision import compute_dtype, ieee_dtype
 
-# From this number of features on, samples are summed in chunks of `_CHUNK` in float32. The rounding
-# errors of 6e-8 a chunk average out to some 1e-9. Of half-precision features it is 1e-8, since the
-# squares of short numbers are rounded down more often than up.
+# From this number of features on, products are summed in float32 over chunks of `_CHUNK` features,
+# with a relative rounding error of 6e-8 for each chunk. Over all chunks these average out to some
+# 1e-9. Of half-precision features 1e-8 is left, since the squares of numbers with few binary digits
+# are rounded down more often than up.
 _LONG = 2**18
 _CHUNK = 128
 
-# How many elements a block may have: those of its copy in another dtype, or those of the Gram
-# matrices of its chunks.
+# The largest number of elements of a block's copy in another dtype or, where no copy is made, of
+# the Gram matrices of its chunks.
 _BLOCK = 2**17
 
 
@@ -38,7 +39,7 @@ def batch_gram(samples: Tensor) -> Tensor:
 
 
 def batch_gram_by_blocks(samples: Tensor) -> Tensor:
-    """Return the same from one block after the other, each copied only if its dtype asks for it."""
+    """Return what `batch_gram` does, block by block, each copied only if its dtype asks for it."""
     rows = in_memory_order(samples).flatten(1)
     batch = rows.shape[0]
     dtype = ieee_dtype(compute_dtype(samples), samples.device)

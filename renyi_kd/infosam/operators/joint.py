@@ -57,8 +57,9 @@ def joint_backward_by_operators(
 
     grad_grams = grad_cosines * inverse_norms.unsqueeze(-1) * inverse_norms.unsqueeze(-2)
     # The cosine K_ij / sqrt(K_ii K_jj) also falls with K_ii and with K_jj.
-    along = grad_cosines * cosines
-    grad_diagonal = (along.sum(dim=-1) + along.sum(dim=-2)) * inverse_norms.square() / -2
+    grad_log_cosines = grad_cosines * cosines
+    grad_diagonal = (grad_log_cosines.sum(dim=-1) + grad_log_cosines.sum(dim=-2)) / -2
+    grad_diagonal = grad_diagonal * inverse_norms.square()
     grad_grams.diagonal(dim1=-2, dim2=-1).add_(grad_diagonal)
     return grad_grams
 
@@ -72,8 +73,8 @@ def _inverse_norms(grams: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cosines(grams: Tensor, inverse_norms: Tensor, both_are_zero: Tensor) -> Tensor:
-    # Zero samples count as equal to each other and orthogonal to the rest. A NaN stays one, as NaN
-    # times zero is.
+    # Zero samples count as equal to each other and orthogonal to the rest. A NaN stays NaN, even
+    # when it is multiplied by zero.
     cosines = grams * inverse_norms.unsqueeze(-1) * inverse_norms.unsqueeze(-2)
     return cosines.add_(both_are_zero)
 

@@ -1,13 +1,13 @@
 r"""Relation scores from the image embedding as it is (InfoSAM, Eq. 8 and 9, folded).
 
 The textbook form normalises and projects every pixel. With the key projection and the layer norm's
-scale folded into the query :math:`w` of a token (see `folding`), neither is needed:
+scale folded into the query :math:`w` and the offset :math:`c` of a token (see `folding`), neither
+is needed. The score of a pixel :math:`f_p` is
 
-.. math:: W_Q \operatorname{LN}(m) \cdot W_K \operatorname{LN}(f_p)
-    = \frac{w \cdot (f_p - \mu_p)}{\sigma_p} + c
+.. math:: \frac{w \cdot (f_p - \mu_p)}{\sigma_p} + c
 
-Of a pixel :math:`f_p` only its mean, its standard deviation and its inner product with :math:`w`
-are needed. Nothing as large as the map is written or kept but its gradient.
+Only the pixel's mean, its standard deviation and its inner product with :math:`w` are needed.
+Nothing as large as the map is written or kept but its gradient.
 
 The PyTorch form below reads the map once for the moments and once for the products. The Triton
 kernel of the same operator reads it once in all.
