@@ -469,12 +469,10 @@ def _scores_backward_on_cuda(
 
 @batch_gram.batch_gram_operator.register_kernel("cuda")
 def _batch_gram_on_cuda(samples: Tensor) -> Tensor:
-    rows = batch_gram.in_memory_order(samples).flatten(1)
-    long = samples.dtype != torch.float64 and batch_gram.is_long(rows)
-    if not long or rows.shape[0] > _MAX_BATCH:
+    if not batch_gram.sums_in_chunks(samples) or samples.shape[0] > _MAX_BATCH:
         return batch_gram.batch_gram_by_blocks(samples)
     with _on_device_of(samples):
-        return batch_gram_by_kernel(rows)
+        return batch_gram_by_kernel(batch_gram.in_memory_order(samples).flatten(1))
 
 
 @joint.joint_operator.register_kernel("cuda")

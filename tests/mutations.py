@@ -83,8 +83,10 @@ def faults_of(node: ast.expr, modules: set[str]) -> Iterator[tuple[str, ast.expr
 
 
 def expressions(tree: ast.AST) -> Iterator[ast.expr]:
-    """Every expression that computes: no annotations, decorators, messages or texts."""
+    """Every expression that computes: no annotations, decorators, messages, or strict zips."""
     skipped = {"annotation", "returns", "decorator_list", "exc"}
+    if isinstance(tree, ast.keyword) and tree.arg == "strict":
+        return
     for name, value in ast.iter_fields(tree):
         for child in value if isinstance(value, list) else [value]:
             computes = isinstance(child, ast.AST) and not isinstance(child, ast.JoinedStr)

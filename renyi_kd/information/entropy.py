@@ -23,8 +23,8 @@ from renyi_kd._checks import (
     check_same_device,
 )
 from renyi_kd._precision import compute_dtype
+from renyi_kd.information.kernels import Subset
 from renyi_kd.information.routes.choice import Method, joint_entropies
-from renyi_kd.information.routes.frobenius import Subset
 from renyi_kd.information.routes.tiles import Progress, check_progress
 from renyi_kd.information.samples import Gram, SampleGram
 

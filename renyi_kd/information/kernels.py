@@ -5,9 +5,10 @@ dtype, so that results keep their digits, forward and backward, wherever they ar
 returned has the promoted dtype of the arguments, at least float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from operator import mul
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from renyi_kd._checks import (
     check_same_device,
 )
 from renyi_kd._precision import compute_dtype
+
+# The numbers of the matrices whose joint is meant.
+Subset: TypeAlias = tuple[int, ...]
 
 
 def linear_kernel(x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -193,6 +197,16 @@ def trace_one(gram: Tensor) -> Tensor:
     zero = (gram == 0).all(dim=-1).all(dim=-1)[..., None, None]
     symmetric = (gram + gram.mT) / (2 * torch.where(zero, 1.0, trace))
     return torch.where(zero, 1 / gram.shape[-1], symmetric)
+
+
+def inverse_trace(trace: Tensor) -> Tensor:
+    """Return 1 / `trace`; and 1 for a zero matrix, which stays zero if it is multiplied by that."""
+    return 1 / torch.where(trace == 0, 1.0, trace)
+
+
+def hadamard_product(values: Sequence[Tensor], subset: Iterable[int]) -> Tensor:
+    """Return the entrywise product of the values with these numbers."""
+    return reduce(mul, (values[number] for number in subset))
 
 
 def joint_gram(grams: Sequence[Tensor]) -> Tensor:

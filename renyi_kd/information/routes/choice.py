@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from renyi_kd._precision import compute_dtype, ieee_dtype
-from renyi_kd.information.kernels import joint_gram
+from renyi_kd.information.kernels import Subset, joint_gram
 from renyi_kd.information.routes.dual import (
     dual_error,
     dual_matrix,
@@ -15,11 +15,7 @@ from renyi_kd.information.routes.dual import (
     order_2_entropy_of_dual,
 )
 from renyi_kd.information.routes.eigenvalues import entropy_from_eigenvalues
-from renyi_kd.information.routes.frobenius import (
-    Subset,
-    entropies_of_matrices,
-    entropies_of_samples,
-)
+from renyi_kd.information.routes.frobenius import entropies_of_matrices, entropies_of_samples
 from renyi_kd.information.routes.powers import MAX_POWER, entropy_by_powers, trace_of_power
 from renyi_kd.information.routes.tiles import Progress
 from renyi_kd.information.samples import Gram, SampleGram, as_matrix

@@ -10,13 +10,14 @@ large as a matrix is written but the gradient of one that is given as a matrix.
 
 from collections.abc import Iterable, Sequence
 from functools import reduce
-from operator import add, mul
-from typing import Any, TypeAlias
+from operator import add
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from renyi_kd._autograd import first_derivative_only
+from renyi_kd.information.kernels import Subset, hadamard_product, inverse_trace
 from renyi_kd.information.routes.tiles import (
     Evaluate,
     Progress,
@@ -28,9 +29,6 @@ from renyi_kd.information.routes.tiles import (
     upper_tiles,
 )
 from renyi_kd.information.samples import SampleGram
-
-# The numbers of the matrices whose joint entropy is meant.
-Subset: TypeAlias = tuple[int, ...]
 
 # The width of a tile of given matrices: some of them and their products, in float64, should fit
 # into the cache of a core.
@@ -70,11 +68,6 @@ def entropies_of_samples(
     norms = _NormsOfSamples.apply(subsets, evaluate, progress, *rows_and_columns(matrices))
     traces = [hadamard_product(diagonals, subset).sum(dim=-1) for subset in subsets]
     return _entropies_from_norms(norms, torch.stack(traces))
-
-
-def hadamard_product(values: Sequence[Tensor], subset: Iterable[int]) -> Tensor:
-    """Return the entrywise product of the values with these numbers."""
-    return reduce(mul, (values[v] for v in subset))
 
 
 def _entropies_from_norms(squared_norms: Tensor, traces: Tensor) -> Tensor:
@@ -238,9 +231,8 @@ class _Scaled:
         for gram in grams:
             diagonal = gram.detach().diagonal(dim1=-2, dim2=-1)
             trace = diagonal.sum(dim=-1, dtype=torch.float64)[..., None, None]
-            zero = trace == 0
-            self.scales.append(gram.shape[-1] / torch.where(zero, 1.0, trace))
-            self.shifts.append(zero.double())
+            self.scales.append(gram.shape[-1] * inverse_trace(trace))
+            self.shifts.append((trace == 0).double())
 
     def diagonals(self) -> list[Tensor]:
         """Return the diagonals, shape `(..., n)` each."""

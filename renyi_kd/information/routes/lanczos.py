@@ -9,7 +9,7 @@ from torch import Tensor
 
 from renyi_kd._autograd import first_derivative_only
 from renyi_kd._precision import compute_dtype, ieee_dtype
-from renyi_kd.information.routes.frobenius import hadamard_product
+from renyi_kd.information.kernels import hadamard_product, inverse_trace
 from renyi_kd.information.routes.quadrature import PowerTrace, Vectors, power_trace
 from renyi_kd.information.routes.tiles import (
     Evaluate,
@@ -52,7 +52,7 @@ class _EstimateOfMatrix(torch.autograd.Function):
         dtype = ieee_dtype(compute_dtype(gram), gram.device)
         matrix = gram.to(dtype)
         trace = matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1, dtype=torch.float64)
-        scale = _reciprocal(trace)
+        scale = inverse_trace(trace)
         # The squares may be summed in float32, unless they leave its range.
         mean = trace / matrix.shape[-1]
         in_range = bool(((mean > 1e-12) & (mean < 1e12)).all())
@@ -100,7 +100,7 @@ class _EstimateOfSamples(torch.autograd.Function):
         *samples: Tensor,
     ) -> tuple[Tensor, Tensor]:
         matrices, all_of_them = from_rows_and_columns(samples, evaluate), range(len(evaluate))
-        scale = _reciprocal(trace)
+        scale = inverse_trace(trace)
         squared_norm = torch.zeros_like(trace)
 
         def product(block: Tensor) -> Tensor:
@@ -154,10 +154,6 @@ class _EstimateOfSamples(torch.autograd.Function):
         needed = ctx.needs_input_grad[5:]
         gradients = gradients_of_samples(matrices, gradients_of_entries, needed, ctx.progress)
         return None, None, None, None, grad_trace, *gradients
-
-
-def _reciprocal(trace: Tensor) -> Tensor:
-    return 1 / torch.where(trace == 0, 1.0, trace)
 
 
 def _in_bits(estimate: PowerTrace, alpha: float, trace: Tensor) -> tuple[Tensor, Tensor]:

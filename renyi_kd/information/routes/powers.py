@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from renyi_kd.information.kernels import inverse_trace
 from renyi_kd.information.routes.tiles import upper_tiles
 
 # The largest exponent. It takes seven products at most; eigenvalues take the time of about ten.
@@ -145,7 +146,7 @@ def _entropy_and_gradient(
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1, dtype=torch.float64)
     # With the trace sqrt(n), neither the powers of a flat spectrum nor those of a single large
     # eigenvalue leave the range of float32.
-    scale = root / torch.where(trace == 0, 1.0, trace)
+    scale = root * inverse_trace(trace)
     with torch.autocast(gram.device.type, enabled=False):
         matrix = _symmetric_part(gram, scale[..., None, None], dtype)
         power = _power(matrix, exponent - 1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from renyi_kd.information.kernels import (
     distances,
+    inverse_trace,
     laplacian_kernel,
     median_distance,
     rbf_kernel,
@@ -178,9 +179,8 @@ def _tiled_kernel(gram: SampleGram) -> tuple[TiledKernel, Tensor]:
     each = x.unsqueeze(-2)
     diagonal = gram.kernel(each, each, **gram.kernel_options)[..., 0, 0]
     trace = diagonal.detach().sum(dim=-1)[..., None, None]
-    zero = trace == 0
     # A trace of n keeps products of several matrices within the range of float64.
-    scale, shift = x.shape[-2] / torch.where(zero, 1.0, trace), zero.double()
+    scale, shift = x.shape[-2] * inverse_trace(trace), (trace == 0).double()
 
     def evaluate(rows: Tensor, columns: Tensor) -> Tensor:
         return gram.kernel(rows, columns, **gram.kernel_options) * scale + shift

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from renyi_kd._precision import compute_dtype, ieee_dtype
+from renyi_kd._precision import ieee_dtype
 
 # From this number of features on, products are summed in float32 over chunks of `_CHUNK` features,
 # with a relative rounding error of 6e-8 for each chunk. Over all chunks these average out to some
@@ -42,9 +42,9 @@ def batch_gram_by_blocks(samples: Tensor) -> Tensor:
     """Return what `batch_gram` does, block by block, each copied only if its dtype asks for it."""
     rows = in_memory_order(samples).flatten(1)
     batch = rows.shape[0]
-    dtype = ieee_dtype(compute_dtype(samples), samples.device)
-    if not is_long(rows):
-        dtype = torch.float64
+    dtype = torch.float64
+    if sums_in_chunks(samples):
+        dtype = ieee_dtype(torch.float32, samples.device)
     width = max(1, _BLOCK // batch // (batch if rows.dtype == dtype else _CHUNK)) * _CHUNK
     gram = rows.new_zeros(batch, batch, dtype=torch.float64)
     with torch.autocast(rows.device.type, enabled=False):
@@ -99,13 +99,12 @@ batch_gram_operator.register_autograd(_gradient_of_samples, setup_context=_save_
 
 def batch_gram_error(samples: Tensor) -> float:
     """Return the relative rounding error of the entries of `batch_gram`."""
-    in_chunks = samples.dtype != torch.float64 and samples.shape[1:].numel() >= _LONG
-    return 1e-8 if in_chunks else torch.finfo(torch.float64).eps
+    return 1e-8 if sums_in_chunks(samples) else torch.finfo(torch.float64).eps
 
 
-def is_long(rows: Tensor) -> bool:
-    """Return whether there are enough features for the errors of chunks to average out."""
-    return rows.shape[1] >= _LONG
+def sums_in_chunks(samples: Tensor) -> bool:
+    """Return whether products are summed in float32 over chunks, whose errors average out."""
+    return samples.dtype != torch.float64 and samples.shape[1:].numel() >= _LONG
 
 
 def in_memory_order(samples: Tensor) -> Tensor:
