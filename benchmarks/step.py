@@ -17,14 +17,14 @@ from statistics import median
 import torch
 from torch import Tensor
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+# What is measured is a step of the fine-tuning scripts, made of the same parts.
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "finetuning"))
 
-from finetuning import sam, sam2  # noqa: E402
-from finetuning.adaptation import adapt  # noqa: E402
-from finetuning.loss import structure_loss  # noqa: E402
-from finetuning.prompts import Prompts  # noqa: E402
-from renyi_kd import FeatureCollector, InfoSAMDistiller  # noqa: E402
+from parts import sam, sam2
+from parts.adaptation import adapt
+from parts.loss import structure_loss
+from parts.prompts import Prompts
+from renyi_kd import FeatureCollector, InfoSAMDistiller
 
 ROUTES = ("no teacher", "cached teacher", "teacher's encoder")
 
@@ -70,12 +70,12 @@ def main() -> None:
         def step(route: str) -> None:
             with autocast:
                 loss = structure_loss(student(images, prompts), masks)
-                features = of_student.pop()
+                features = from_student.pop()
                 if route != "no teacher":
                     with torch.no_grad():
                         teachers = teacher_embedding(route)
                         teacher.decode([teachers], prompts)
-                    loss = loss + distiller(of_teacher.pop(teachers), features)
+                    loss = loss + distiller(from_teacher.pop(teachers), features)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -83,7 +83,7 @@ def main() -> None:
                 torch.cuda.synchronize()
 
         seconds: dict[str, list[float]] = {route: [] for route in ROUTES}
-        with FeatureCollector(teacher) as of_teacher, FeatureCollector(student) as of_student:
+        with FeatureCollector(teacher) as from_teacher, FeatureCollector(student) as from_student:
             for attempt in range(options.rounds + 1):
                 for route in ROUTES:
                     started = time.perf_counter()

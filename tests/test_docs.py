@@ -22,7 +22,7 @@ def run_blocks(page: Path, namespace: dict) -> dict:
     return namespace
 
 
-def of_readme() -> dict:
+def given_by_readme() -> dict:
     """What the README takes as given: a SAM of 256 channels, a data loader and functions."""
     torch.manual_seed(0)
     images, boxes = torch.randn(2, 3, SIZE, SIZE), torch.tensor([[1.0, 2, 30, 40], [5, 5, 20, 50]])
@@ -39,7 +39,7 @@ def of_readme() -> dict:
 
 @pytest.fixture(scope="module")
 def readme() -> dict:
-    return run_blocks(ROOT / "README.md", of_readme())
+    return run_blocks(ROOT / "README.md", given_by_readme())
 
 
 def test_readme(readme) -> None:

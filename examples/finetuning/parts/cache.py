@@ -1,0 +1,134 @@
+"""The teacher's image embeddings, computed once and kept on disk."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from parts import checkpoint
+from parts.data import Batch, Row, digest
+from parts.segmenter import Segmenter
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def teacher_encoder(
+    teacher: Segmenter, rows: list[Row], options: argparse.Namespace
+) -> Callable[[Batch], Tensor]:
+    """Return a function from a batch to the teacher's image embeddings: its encoder, or a cache."""
+    if options.teacher_cache is None or options.no_infosam:
+        return lambda batch: teacher.encode(batch.images)[-1]
+    return CachedEncoder(
+        teacher, rows, options.teacher_cache, options.cache_dtype, options.precision
+    )
+
+
+class CachedEncoder:
+    """The image embeddings of a frozen teacher for the rows of a data set.
+
+    An embedding depends on the image alone. It is computed when it is first asked for, and then
+    read back from the file, where it is rounded to `dtype`. The first epoch therefore sees the same
+    values as later ones, and as a run that is resumed.
+
+    The name of the file is a digest of everything that the embeddings depend on: the teacher's
+    weights, its preprocessing, the precision, and the images. A cache of anything else has another
+    name and is not found.
+
+    A second file holds a mark for each embedding, which is set after the embedding has reached the
+    disk. An embedding that a kill cut short has no mark, and is computed again.
+
+    Args:
+        teacher: The teacher, in eval mode and frozen.
+        rows: The rows of the data set, in its order.
+        folder: Where the files are. Several runs may share it.
+        dtype: Name of the dtype on disk.
+        precision: The precision in which the teacher runs.
+
+    Raises:
+        ValueError: If the folder cannot be written to although embeddings are missing.
+    """
+
+    def __init__(
+        self, teacher: Segmenter, rows: list[Row], folder: Path, dtype: str, precision: str
+    ) -> None:
+        self.teacher, self.dtype = teacher, DTYPES[dtype]
+        side = teacher.frame.size // teacher.stride
+        self.shape = teacher.dim, side, side
+        self.bytes = math.prod(self.shape) * self.dtype.itemsize
+        self.path = folder / key(teacher, rows, dtype, precision)
+        size = len(rows) * self.bytes
+        whole = self.path.with_suffix(".whole")
+        try:
+            found = whole.read_bytes() if whole.exists() and self.path.exists() else b""
+            if len(found) != len(rows):
+                print(f"Teacher cache: {size / 1e6:.1f} MB to write to {self.path}")
+                folder.mkdir(parents=True, exist_ok=True)
+                with self.path.open("wb") as file:
+                    reserve(file.fileno(), size)
+                found = bytes(len(rows))
+                checkpoint.write_bytes(whole, found)
+            elif all(found):
+                print(f"Teacher cache: all of {size / 1e6:.1f} MB found in {self.path}")
+            self.whole = bytearray(found)
+            self.marks = None if all(found) else os.open(whole, os.O_RDWR)
+            self.file = os.open(self.path, os.O_RDONLY if all(found) else os.O_RDWR)
+        except OSError as error:
+            raise ValueError(
+                f"--teacher-cache must be a folder with {size / 1e6:.1f} MB to write to, got "
+                f"{folder}: {error}"
+            ) from error
+        count = size // self.dtype.itemsize
+        stored = torch.from_file(str(self.path), shared=False, size=count, dtype=self.dtype)
+        self.embeddings = stored.view(len(rows), *self.shape)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return the image embeddings (B, D, h, w) of a batch, in float32."""
+        if not all(self.is_whole(i) for i in batch.index):
+            self.write(batch.index, self.teacher.encode(batch.images)[-1])
+        return self.embeddings[batch.index].to(batch.images.device).float()
+
+    def is_whole(self, i: int) -> bool:
+        """Return whether the file holds an embedding; another process may have written it."""
+        if not self.whole[i]:
+            self.whole[i] = os.pread(self.marks, 1, i) == b"\1"
+        return bool(self.whole[i])
+
+    def write(self, index: list[int], embeddings: Tensor) -> None:
+        """Write embeddings, wait until they are on the disk, and then mark them as whole."""
+        rounded = embeddings.to(self.dtype).cpu().contiguous()
+        if embeddings.isfinite().all() and not rounded.isfinite().all():
+            raise ValueError(f"The teacher's embeddings leave the range of {self.dtype}: bfloat16?")
+        for i, embedding in zip(index, rounded, strict=True):
+            os.pwrite(self.file, embedding.view(torch.uint8).numpy(), i * self.bytes)
+        os.fsync(self.file)
+        for i in index:
+            os.pwrite(self.marks, b"\1", i)
+            self.whole[i] = 1
+
+
+def key(teacher: Segmenter, rows: list[Row], dtype: str, precision: str) -> str:
+    """Return a name that changes with anything that the embeddings depend on."""
+    state = hashlib.sha256()
+    state.update(repr((teacher.frame, dtype, precision, torch.__version__)).encode())
+    for name, value in sorted(teacher.state_dict().items()):
+        state.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        state.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    for row in rows:
+        state.update(digest(row.image).encode())
+    return state.hexdigest()[:32]
+
+
+def reserve(file: int, size: int) -> None:
+    """Reserve the space on the disk, so that it cannot run out later."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.truncate(file, size)

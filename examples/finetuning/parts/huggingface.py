@@ -1,0 +1,166 @@
+"""The SAM and SAM2 models of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    Sam2Config,
+    Sam2HieraDetConfig,
+    Sam2Model,
+    Sam2VisionConfig,
+    SamConfig,
+    SamModel,
+)
+
+from parts.frame import Frame
+from parts.prompts import Prompts
+from parts.segmenter import Segmenter
+
+TINY = ("tiny-sam", "tiny-sam2")
+# Deviation of random weights. The usual 0.02 hardly lets a signal through models so narrow.
+SPREAD = 0.1
+
+
+class HuggingFaceSAM(Segmenter):
+    """`SamModel` or `Sam2Model`."""
+
+    model: SamModel | Sam2Model
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The image encoder."""
+        return self.model.vision_encoder
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The mask decoder."""
+        return self.model.mask_decoder
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """Return the finer levels that SAM2 has, and then the image embedding.
+
+        The images have the shape (B, 3, size, size).
+        """
+        if isinstance(self.model, SamModel):
+            return [self.encoder(images)[0]]
+        # get_image_embeddings does the same, but under no_grad.
+        *fine, embedding = self.model.get_image_features(images, return_dict=True).fpn_hidden_states
+        levels = [*fine, embedding + self.model.no_memory_embedding]
+        return [
+            level.permute(1, 2, 0).unflatten(2, tuple(size))  # (h w, B, D) to (B, D, h, w)
+            for level, size in zip(levels, self.model.backbone_feature_sizes, strict=True)
+        ]
+
+    def decode(self, levels: list[Tensor], prompts: Prompts) -> Tensor:
+        """Return mask logits (B, h, w), given one prompt for each image."""
+        *fine, embedding = levels
+        if not fine and isinstance(self.model, Sam2Model):
+            batch, dim, height, width = embedding.shape
+            fine = [
+                embedding.new_zeros(batch, dim // 8, 4 * height, 4 * width),
+                embedding.new_zeros(batch, dim // 4, 2 * height, 2 * width),
+            ]
+        if prompts.boxes is not None:
+            asked = {"input_boxes": prompts.boxes[:, None]}
+        else:
+            asked = {
+                "input_points": prompts.points[:, None],
+                "input_labels": prompts.labels[:, None],
+            }
+        embeddings = [*fine, embedding] if fine else embedding
+        output = self.model(image_embeddings=embeddings, multimask_output=False, **asked)
+        return output.pred_masks[:, 0, 0]
+
+
+def build(name: str) -> HuggingFaceSAM:
+    """Return the model that is saved in the folder `name`, or a small one of random weights.
+
+    Raises:
+        ValueError: If the folder holds no SAM or SAM2, or not all of its weights.
+    """
+    if name in TINY:
+        model = tiny_sam() if name == "tiny-sam" else tiny_sam2()
+    else:
+        model = load(Path(name))
+    config = model.config
+    if isinstance(model, Sam2Model):
+        # Otherwise the decoder replaces the first mask, which is the one that trains, where another
+        # looks more stable. The config is what an exported model is built from.
+        model.mask_decoder.dynamic_multimask_via_stability = False
+        config.mask_decoder_config.dynamic_multimask_via_stability = False
+        frame = Frame(config.prompt_encoder_config.image_size, keep_aspect=False)
+    else:
+        frame = Frame(config.vision_config.image_size, keep_aspect=True)
+    return HuggingFaceSAM(model, frame, config.mask_decoder_config.hidden_size)
+
+
+def load(folder: Path) -> SamModel | Sam2Model:
+    """Return the model of a folder as `save_pretrained` writes it, or as it is on the hub."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--model must be {', '.join(TINY)} or a model's folder, got {folder}")
+    try:
+        kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+    except (OSError, ValueError) as error:
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"--model must hold a readable config, got {folder}: {first}") from error
+    types = {"sam": SamModel, "sam2": Sam2Model, "sam2_video": Sam2Model}
+    if kind not in types:
+        raise ValueError(f"--model must be a SAM or SAM2, got {folder} with a {kind}")
+    try:
+        model, loading = types[kind].from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
+        )
+    except Exception as error:  # each kind of damage raises an exception of its own type
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"--model must hold readable weights, got {folder}: {first}") from error
+    wrong = [*loading["missing_keys"], *loading["mismatched_keys"]]
+    if wrong:
+        raise ValueError(
+            f"--model must hold all weights of its config.json, got {folder}: {len(wrong)} are "
+            f"missing or of another shape ({wrong[0]})"
+        )
+    return model
+
+
+def tiny_sam() -> SamModel:
+    """Return a small random SAM for pictures of 256 by 256 pixels."""
+    image = {"image_size": 256, "patch_size": 16}
+    vision = {"hidden_size": 48, "output_channels": 64, "num_hidden_layers": 2, "window_size": 7}
+    vision |= {"num_attention_heads": 3, "global_attn_indexes": [1], "num_pos_feats": 32}
+    vision |= {"initializer_range": SPREAD}
+    return SamModel(
+        SamConfig(
+            vision_config=image | vision,
+            prompt_encoder_config=image | {"hidden_size": 64},
+            mask_decoder_config={"hidden_size": 64, "mlp_dim": 128, "num_attention_heads": 4},
+            initializer_range=SPREAD,
+        )
+    )
+
+
+def tiny_sam2() -> Sam2Model:
+    """Return a small random SAM2 for pictures of 256 by 256 pixels."""
+    backbone = Sam2HieraDetConfig(
+        hidden_size=16,
+        image_size=[256, 256],
+        blocks_per_stage=[1, 1, 2, 1],
+        embed_dim_per_stage=[16, 32, 64, 128],
+        global_attention_blocks=[3],
+        initializer_range=SPREAD,
+    )
+    vision = Sam2VisionConfig(
+        backbone_config=backbone,
+        backbone_channel_list=[128, 64, 32, 16],
+        backbone_feature_sizes=[[64, 64], [32, 32], [16, 16]],
+        fpn_hidden_size=64,
+        initializer_range=SPREAD,
+    )
+    decoder = {"hidden_size": 64, "mlp_dim": 128, "num_attention_heads": 4}
+    prompts = {"hidden_size": 64, "image_size": 256}
+    return Sam2Model(
+        Sam2Config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+    )

@@ -1,0 +1,50 @@
+"""The models of segment_anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from segment_anything import sam_model_registry
+from segment_anything.modeling import Sam
+from torch import Tensor, nn
+
+from parts.frame import Frame
+from parts.prompts import Prompts
+from parts.segmenter import Segmenter, load_weights
+from parts.tiny_sam import build_tiny_sam, decode
+
+MODELS = ("vit_b", "vit_l", "vit_h", "tiny")
+
+
+class SegmentAnything(Segmenter):
+    """`Sam` in its sizes ViT-B, ViT-L and ViT-H, or the small one that the quickstart trains."""
+
+    model: Sam
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The image encoder."""
+        return self.model.image_encoder
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The mask decoder."""
+        return self.model.mask_decoder
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """Return the image embedding (B, D, h, w) of images (B, 3, size, size)."""
+        return [self.encoder(images)]
+
+    def decode(self, levels: list[Tensor], prompts: Prompts) -> Tensor:
+        """Return mask logits (B, h, w), given one prompt for each image."""
+        points = None if prompts.points is None else (prompts.points, prompts.labels)
+        return decode(self.model, levels[-1], boxes=prompts.boxes, points=points)
+
+
+def build(name: str, checkpoint: Path | None) -> SegmentAnything:
+    """Return the model with the weights of the checkpoint, or with random ones if there is none."""
+    model = build_tiny_sam() if name == "tiny" else sam_model_registry[name]()
+    if checkpoint is not None:
+        load_weights(model, checkpoint, name)
+    frame = Frame(model.image_encoder.img_size, keep_aspect=True)
+    return SegmentAnything(model, frame, model.prompt_encoder.embed_dim)

@@ -1,0 +1,111 @@
+"""What the scripts ask of a model, whichever package it is from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parts.frame import Frame
+from parts.prompts import Prompts
+
+
+class Segmenter(nn.Module):
+    """A package's unedited model, with a `forward` from pictures and prompts to mask logits.
+
+    It computes gradients, and takes one prompt for each of many pictures. The packages' own entry
+    points run under `no_grad`, or take many prompts for one picture.
+
+    Attributes:
+        model: The package's model.
+        frame: How the model wants its input.
+        dim: Channels of the image embedding and of the mask tokens.
+    """
+
+    # Every SAM and SAM2 has a place of the image embedding for 16 by 16 pixels of the input.
+    stride = 16
+
+    def __init__(self, model: nn.Module, frame: Frame, dim: int) -> None:
+        super().__init__()
+        self.model, self.frame, self.dim = model, frame, dim
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The image encoder."""
+        raise NotImplementedError
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The mask decoder."""
+        raise NotImplementedError
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """Return what the decoder needs of images (B, 3, size, size), the image embedding last."""
+        raise NotImplementedError
+
+    def decode(self, levels: list[Tensor], prompts: Prompts) -> Tensor:
+        """Return mask logits (B, h, w), given one prompt for each image.
+
+        `levels` may hold the image embedding alone. The mask tokens are then the same as with all
+        levels, but the masks of SAM2 are not.
+        """
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
+        """Return mask logits (B, h, w) for images (B, 3, size, size) with one prompt each."""
+        return self.decode(self.encode(images), prompts)
+
+
+def check_teacher(teacher: Segmenter, student: Segmenter) -> None:
+    """Raise `ValueError` if the two do not see the same input, or if they cannot be compared."""
+    if (teacher.frame, teacher.dim) != (student.frame, student.dim):
+        raise ValueError(
+            f"--teacher must take pictures and have channels as --model does, {student.frame} and "
+            f"{student.dim}, got {teacher.frame} and {teacher.dim}"
+        )
+
+
+def load_weights(model: nn.Module, checkpoint: Path, name: str, key: str | None = None) -> None:
+    """Load an official checkpoint, either all of it or nothing.
+
+    Args:
+        model: The package's model, changed in place.
+        checkpoint: A file that was written by `torch.save` or by safetensors.
+        name: Name of the model, for the error message.
+        key: The entry of the file under which the weights may be.
+
+    Raises:
+        ValueError: If the file is missing, damaged, or of another model.
+    """
+    try:
+        if checkpoint.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            weights: Any = load_file(checkpoint)
+        else:
+            weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:  # each kind of damage raises an exception of its own type
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(
+            f"--checkpoint must be a readable file, got {checkpoint}: {first}"
+        ) from error
+    if key is not None and isinstance(weights, dict):
+        weights = weights.get(key, weights)
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise ValueError(f"--checkpoint must hold named tensors, got {checkpoint}")
+
+    expected = {key: value.shape for key, value in model.state_dict().items()}
+    found = {key: getattr(value, "shape", None) for key, value in weights.items()}
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys())
+    reshaped = sorted(k for k in expected.keys() & found.keys() if expected[k] != found[k])
+    if missing or unexpected or reshaped:
+        examples = ", ".join([*reshaped[:2], *missing[:2], *unexpected[:2]])
+        raise ValueError(
+            f"--checkpoint must be of {name}, got {checkpoint}: {len(missing)} weights missing, "
+            f"{len(unexpected)} unexpected, {len(reshaped)} of another shape ({examples}). "
+            "Is it of another size?"
+        )
+    model.load_state_dict(weights)

@@ -1,0 +1,32 @@
+"""What the tests of the examples share: data sets and trained students, each made once."""
+
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from finetuning_runs import FINETUNING, QUICKSTART, make_data, run, training_options
+
+# A script that is run by its path has its own folder on sys.path. The tests import the scripts.
+sys.path[:0] = [str(FINETUNING), str(QUICKSTART)]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a data set of eight images, four of them for training."""
+    return make_data(tmp_path_factory.mktemp("data"), train=4, val=2, test=2)
+
+
+@pytest.fixture(scope="session")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """Return a function from family and method to a finished run, which no test may change."""
+    folder = tmp_path_factory.mktemp("trained")
+
+    @cache
+    def train(family: str, method: str) -> Path:
+        output = folder / f"{family}-{method}"
+        run(family, data, output, *training_options(family, method))
+        return output
+
+    return train
