@@ -306,6 +306,8 @@ def misfortune(kind: str) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("error")
+    # torch.compile looks at gradients of tensors that are no leaves.
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
     torch.set_num_threads(1)
     kind = sys.argv[1]
     patience = datetime.timedelta(seconds=120 if kind == "agree" else 10)
