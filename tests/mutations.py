@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-TESTS = ["tests/information", "tests/infosam", "tests/test_triton.py", "tests/test_house.py"]
+TESTS = ["tests", "--ignore=tests/examples", "--ignore=tests/test_docs.py"]
 OPERATORS = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
