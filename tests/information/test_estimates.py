@@ -54,6 +54,17 @@ def test_error_estimates_are_honest(spectrum, alpha, options):
     assert error.max() < 1  # not by claiming nothing
 
 
+def test_errors_shrink_when_few_directions_are_left():
+    """The probes are orthogonal: 35 of the 36 that the rank leaves are nearly all of them."""
+    gram = gram_with_spectrum(spectra(40)["uniform"], np.random.default_rng(0))
+    expected = reference.renyi_entropy(gram, 1.5)
+    batch = torch.tensor(gram).expand(200, -1, -1)
+    options = {"alpha": 1.5, "rank": 4, "probes": 35}
+    value, error = renyi_entropy_estimate(batch, **options, generator=seeded())
+    deviation = (value - expected).square().mean().sqrt()
+    assert 0.15 < deviation / error.square().mean().sqrt() < 1.5
+
+
 @pytest.mark.parametrize(("alpha", "within"), [(1.5, 5e-3), (2, 1e-5), (2.5, 1e-3), (3.5, 1e-3)])
 @over("d", [16], slow=[2, 64])
 def test_estimates_of_rbf_kernels(d, alpha, within):

@@ -7,7 +7,7 @@ from grids import over
 from tensors import draw, leaf, relative_error
 
 from renyi_kd import infosam_terms
-from renyi_kd.infosam.operators.batch_gram import batch_gram
+from renyi_kd.infosam.operators.batch_gram import batch_gram, batch_gram_error
 
 
 @pytest.mark.parametrize("layout", [(0, 1, 2, 3), (0, 3, 1, 2), (0, 2, 3, 1)], ids=str)
@@ -30,6 +30,14 @@ def test_batch_gram_of_long_maps(dtype, spread, features):
     length = gram.diagonal().sqrt()
     tolerance = 4e-9 if dtype == torch.float32 else 3e-8
     assert (gram / (length[:, None] * length) - rows @ rows.mT).abs().max() < tolerance
+
+
+def test_long_maps_of_float64_keep_its_digits():
+    samples = draw(2, 2**18 + 300)
+    torch.testing.assert_close(batch_gram(samples), samples @ samples.mT, rtol=1e-13, atol=1e-9)
+    assert batch_gram_error(samples) == torch.finfo(torch.float64).eps
+    assert batch_gram_error(samples.float()) == 1e-8
+    assert batch_gram_error(samples[:, 1000:].float()) == torch.finfo(torch.float64).eps
 
 
 @pytest.mark.parametrize(
