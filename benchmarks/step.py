@@ -20,10 +20,10 @@ from torch import Tensor
 # What is measured is a step of the fine-tuning scripts, made of the same parts.
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "finetuning"))
 
-from parts import sam, sam2
-from parts.adaptation import adapt
-from parts.loss import structure_loss
-from parts.prompts import Prompts
+from parts.data.prompts import Prompts
+from parts.models import sam, sam2
+from parts.models.adaptation import adapt
+from parts.training.loss import structure_loss
 from renyi_kd import FeatureCollector, InfoSAMDistiller
 
 ROUTES = ("no teacher", "cached teacher", "teacher's encoder")

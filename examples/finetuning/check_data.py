@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from parts.data import DataError, check, read_tables
-from parts.options import plain_errors
+from parts.errors import plain_errors
+from parts.options import next_command
 
 
 class Recipe(NamedTuple):
@@ -45,23 +45,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     recipe = RECIPES[arguments.recipe]
     with plain_errors():
+        from parts.data.check import check
+        from parts.data.reading import TWO_VALUED
+        from parts.data.tables import DataError, Problem, read_tables
+
         splits = read_tables(arguments.folder, recipe.test_table)
         found = len(splits["train"]) + len(splits["val"]), len(splits["test"])
+        names = "training and validation", recipe.test_table
         problems = [
-            f"{split}: {count} images, not {expected}"
-            for split, count, expected in zip(
-                ("training and validation", recipe.test_table), found, recipe, strict=False
-            )
+            Problem("images", f"{name}: {count} images, not {expected}")
+            for name, count, expected in zip(names, found, recipe, strict=False)
             if count != expected
         ]
         try:
-            check(splits)
+            report = check(splits, TWO_VALUED)
         except DataError as error:
             problems += error.problems
         if problems:
             raise DataError(problems)
-    counts = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
-    print(f"{arguments.folder} is {arguments.recipe}: {counts}")
+        print(*report.lines, f"{arguments.folder} is {arguments.recipe}", sep="\n")
+        options = ["--data", arguments.folder, "--test-table", recipe.test_table]
+        print(next_command("finetune_sam.py", *options, "..."))
 
 
 if __name__ == "__main__":

@@ -1,35 +1,45 @@
 """Write a fine-tuned model as a checkpoint that its package loads.
 
-That is a file for segment_anything and sam2, and a folder for transformers:
-`python examples/finetuning/export.py runs/leaf leaf.pth`
+That is a file for segment_anything and sam2: `python examples/finetuning/export.py runs/leaf
+leaf.pth`. For transformers it is a folder, with all that was in the folder of `--model`.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from parts.options import plain_errors
-from parts.trained import export, load_run
+from parts.errors import plain_errors
+from parts.options import add_moved, place, whole
+
+LOADING = {
+    "sam": "sam_model_registry[{!r}](checkpoint={!r})",
+    "sam2": "build_sam2(config_of_{}, {!r}, apply_postprocessing=False)",
+    "huggingface": "from_pretrained({1!r})",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Export the epoch with the best validation IoU."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="the --output of a fine-tuning script")
-    parser.add_argument("path", type=Path, help="where to write")
-    parser.add_argument("--epoch", type=int, help="another epoch than the best")
+    parser.add_argument("run", type=place, help="the --output of a fine-tuning script")
+    parser.add_argument("path", type=place, help="where to write")
+    parser.add_argument("--epoch", type=whole(0), help="another epoch than the best")
+    add_moved(parser, data=False)
     arguments = parser.parse_args(argv)
     with plain_errors():
-        if arguments.path.exists():
-            raise ValueError(f"{arguments.path} exists")
-        student, options = load_run(arguments.run, arguments.epoch)
+        from parts.files import refuse_existing
+        from parts.runs.trained import export, load_run
+
+        refuse_existing([arguments.path])
+        student, options = load_run(arguments.run, arguments.epoch, arguments)
         export(student, options, arguments.path)
     print(f"{options.model} with {options.method}: {arguments.path}")
-    print("Its single mask was trained: call the predictor with multimask_output=False.")
     if options.method == "adapter":
         print("It has adapters: load it with load_adapters(model, path) of parts/trained.py.")
+    elif options.model != "tiny":
+        print(f"Next: {LOADING[options.package].format(options.model, arguments.path)}")
+    print("Its single mask was trained: call the predictor with multimask_output=False.")
 
 
 if __name__ == "__main__":

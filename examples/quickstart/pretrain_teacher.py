@@ -23,8 +23,8 @@ from tqdm import trange
 # The small SAM is that of the fine-tuning scripts, which lie in the next folder.
 sys.path.append(str(Path(__file__).parents[1] / "finetuning"))
 
-from parts.prompts import noised
-from parts.tiny_sam import build_tiny_sam, predict
+from parts.data.prompts import noised
+from parts.models.tiny_sam import build_tiny_sam, predict
 from scenes import SIZE, Scene, box_fill, everyday_scene, make_scenes
 from teacher import WEIGHTS, ious, load_teacher, segment
 

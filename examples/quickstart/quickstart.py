@@ -30,9 +30,9 @@ from tqdm import tqdm
 # The loss and the small SAM are those of the fine-tuning scripts, which lie in the next folder.
 sys.path.append(str(Path(__file__).parents[1] / "finetuning"))
 
-from parts.loss import structure_loss
-from parts.prompts import noised
-from parts.tiny_sam import DIM, predict
+from parts.data.prompts import noised
+from parts.models.tiny_sam import DIM, predict
+from parts.training.loss import structure_loss
 from renyi_kd import FeatureCollector, InfoSAMDistiller, InfoSAMTerms
 from scenes import Scene, box_fill, make_scenes
 from teacher import ious, load_teacher, segment

@@ -10,7 +10,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 from torchmetrics.functional.classification import binary_jaccard_index
 
-from parts.tiny_sam import build_tiny_sam, predict
+from parts.models.tiny_sam import build_tiny_sam, predict
 from scenes import Scene
 
 WEIGHTS = Path(__file__).with_name("tiny_sam.safetensors")

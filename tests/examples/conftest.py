@@ -6,7 +6,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from finetuning_runs import FINETUNING, QUICKSTART, make_data, run, training_options
+from torch import Tensor
 
 # A script that is run by its path has its own folder on sys.path. The tests import the scripts.
 sys.path[:0] = [str(FINETUNING), str(QUICKSTART)]
@@ -30,3 +32,12 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
         return output
 
     return train
+
+
+@pytest.fixture(scope="session")
+def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return two pictures, a box for each, a point for each, and the labels of the points."""
+    torch.manual_seed(1)
+    boxes = torch.tensor([[30.0, 40.0, 150.0, 200.0], [90.0, 20.0, 240.0, 100.0]])
+    points, labels = torch.tensor([[[90.0, 90.0]], [[150.0, 60.0]]]), torch.ones(2, 1).int()
+    return torch.randn(2, 3, 256, 256), boxes, points, labels

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
@@ -68,7 +69,7 @@ def build_once(family: str) -> nn.Module:
     """Return the model of a family, which must not be changed."""
     package, *arguments = BUILDS[family]
     torch.manual_seed(0)
-    return importlib.import_module(f"parts.{package}").build(*arguments).eval()
+    return importlib.import_module(f"parts.models.{package}").build(*arguments).eval()
 
 
 def build(family: str) -> nn.Module:
@@ -85,12 +86,12 @@ def make_data(folder: Path, train: int, val: int, test: int) -> Path:
     return folder
 
 
-def run(family: str, data: Path, output: Path, *options: object) -> None:
+def run(family: str, data: Path | None, output: Path, *options: object) -> None:
     """Fine-tune in this process, by default with batches of two and a row of the log for each."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     script, *model = FAMILIES[family]
-    common = ["--data", data, "--output", output, "--workers", 0]
+    common = ["--output", output, "--workers", 0, *([] if data is None else ["--data", data])]
     common += ["--log-every", 1, "--batch-size", 2, *options]
     importlib.import_module(script).main([*model, *map(str, common)])
 
@@ -124,3 +125,21 @@ def assert_same_run(one: Path, other: Path, epoch: str) -> None:
     assert all(torch.equal(expected[key], found[key]) for key in expected)
     assert rows(one) == rows(other)
     assert (one / "result.json").read_text() == (other / "result.json").read_text()
+
+
+def assert_tensorboard_has_the_tables(output: Path) -> None:
+    """Assert that TensorBoard has the figures of training.csv and validation.csv."""
+    events = EventAccumulator(str(output / "tensorboard"))
+    events.Reload()
+    for name in ("training", "validation"):
+        table = rows(output, name)
+        for key in table[0].keys() - {"step"}:
+            found = [(event.step, event.value) for event in events.Scalars(f"{name}/{key}")]
+            assert found == [(row["step"], pytest.approx(row[key], rel=1e-6)) for row in table]
+
+
+def outcome(data: Path, output: Path, capsys, *options: object) -> str:
+    """Return what a call says that is refused."""
+    with pytest.raises(SystemExit) as exit_info:
+        run("sam", data, output, *options)
+    return f"{exit_info.value}{capsys.readouterr().err}"

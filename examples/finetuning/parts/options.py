@@ -1,247 +1,240 @@
-"""The command line of the scripts, and whether a run may start or go on."""
+"""The command line of the scripts.
+
+It imports nothing that takes time, so that `--help` and a misspelt option answer at once.
+"""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
+import math
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
-import torch
-from accelerate import Accelerator, DataLoaderConfiguration, PartialState
-from accelerate.utils import broadcast_object_list
-
-from parts import checkpoint, data
-from parts.adaptation import METHODS
-from parts.cache import DTYPES
-
-T = TypeVar("T")
-FREE = ("resume", "threads", "workers", "cpu", "log_every")  # may change when a run resumes
+SPLITS = ("train", "val", "test")
+METHODS = ("lora", "lora-heads", "adapter", "bitfit", "decoder")
+CACHE_DTYPES = ("float16", "bfloat16")
+SAM_MODELS = ("vit_b", "vit_l", "vit_h", "tiny")
+SAM2_SIZES = ("t", "s", "b+", "l")
+SAM2_MODELS = (*(f"{v}_hiera_{size}" for v in ("sam2.1", "sam2") for size in SAM2_SIZES), "tiny")
+LARGEST = 1e30  # so that float32 can hold products of it
+SMALL_TRANSFORMERS = ("tiny-sam", "tiny-sam2")
+MODELS = {"sam": SAM_MODELS, "sam2": SAM2_MODELS}
 
 
-def parse(
-    description: str, argv: Sequence[str] | None, package: str, models: Sequence[str] = ()
+def parse_training(
+    description: str, argv: Sequence[str] | None, package: str
 ) -> argparse.Namespace:
-    """Read the command line; the defaults are the paper's.
+    """Read the command line of a fine-tuning script; the defaults are the paper's.
 
     Args:
         description: What the script does.
         argv: The arguments, by default those of the process.
         package: Name of the file beside this one that builds the model.
-        models: The names that `--model` takes. If there are none, it takes a folder of weights.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     group = parser.add_argument_group("model")
-    if models:
+    if package in MODELS:
+        models = MODELS[package]
         group.add_argument("--model", choices=models, required=True)
-        group.add_argument("--checkpoint", type=Path, help="official weights of --model")
+        group.add_argument("--checkpoint", type=place, help="official weights of --model")
         group.add_argument("--teacher", choices=models, help="a teacher of another size")
-        group.add_argument("--teacher-checkpoint", type=Path, help="official weights of --teacher")
+        group.add_argument("--teacher-checkpoint", type=place, help="official weights of --teacher")
     else:
-        group.add_argument("--model", required=True, help="a folder, tiny-sam or tiny-sam2")
+        small = ", ".join(SMALL_TRANSFORMERS)
+        group.add_argument(
+            "--model", type=model_folder, required=True, help=f"{small}, or a folder"
+        )
+        group.add_argument("--teacher", type=model_folder, help="a teacher of another size")
+        parser.set_defaults(checkpoint=None, teacher_checkpoint=None)
     group.add_argument(
-        "--teacher-cache", type=Path, help="folder for the teacher's image embeddings"
+        "--teacher-cache", type=place, help="folder for the teacher's image embeddings"
     )
     group.add_argument(
-        "--cache-dtype", choices=DTYPES, default="float16", help="dtype of --teacher-cache"
+        "--cache-dtype", choices=CACHE_DTYPES, default="float16", help="dtype of --teacher-cache"
     )
     group.add_argument("--method", choices=METHODS, default="lora", help="what trains")
-    group.add_argument("--rank", type=positive, default=4, help="rank of LoRA, and its alpha")
+    group.add_argument("--rank", type=whole(1), default=4, help="rank of LoRA, and its alpha")
     group.add_argument(
         "--targets", nargs="+", default=["qkv"], help="layers of the image encoder for LoRA"
     )
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", type=Path, help="a folder with train.csv, val.csv, test.csv")
-    group.add_argument("--test-table", default="test.csv", help="table of the test images")
-    group.add_argument("--images", type=Path, help="instead of --data: a folder of images")
-    group.add_argument("--masks", type=Path, help="with --images: masks of the same names")
+    add_data(parser.add_argument_group("data"))
+    group = parser.add_argument_group("prompts")
     group.add_argument("--prompts", choices=("mixed", "boxes", "points"), default="mixed")
-    group.add_argument("--points", type=positive, default=1, help="points of a prompt in training")
+    group.add_argument("--points", type=whole(1), default=1, help="points of a prompt in training")
     group.add_argument("--eval-prompts", choices=("boxes", "points"), default="boxes")
-    group.add_argument("--eval-points", type=positive, default=5, help="the same in evaluation")
+    group.add_argument("--eval-points", type=whole(1), default=5, help="the same in evaluation")
 
     group = parser.add_argument_group("InfoSAM")
-    group.add_argument("--alpha", type=float, default=2.0, help="order of the Rényi entropy")
-    group.add_argument("--compression-weight", type=float, default=1.0)
-    group.add_argument("--distillation-weight", type=float, default=0.5)
-    if models:
-        group.add_argument("--no-infosam", action="store_true", help="without distilling")
-    parser.set_defaults(no_infosam=False, package=package)
+    group.add_argument("--alpha", type=order, default=2.0, help="order of the Renyi entropy")
+    group.add_argument("--compression-weight", type=number(0), default=1.0)
+    group.add_argument("--distillation-weight", type=number(0), default=0.5)
+    group.add_argument("--no-infosam", action="store_true", help="without distilling")
+    parser.set_defaults(package=package)
 
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=positive, default=10)
+    group.add_argument("--epochs", type=whole(1, 10**6), default=10, help="may grow with --resume")
     group.add_argument(
         "--batch-size",
-        type=positive,
+        type=whole(1),
         default=4,
         help="images of a step of each process; the Gram matrices are over those of all processes",
     )
     group.add_argument(
         "--accumulate",
-        type=positive,
+        type=whole(1),
         default=1,
         help="batches for a step of the optimiser; this does not enlarge the Gram matrices",
     )
-    group.add_argument("--lr", type=float, default=2e-4, help="falls to a tenth by a cosine")
+    group.add_argument(
+        "--lr", type=number(0, exclusive=True), default=2e-4, help="falls to a tenth by a cosine"
+    )
     group.add_argument("--precision", choices=("no", "fp16", "bf16"), default="no")
     group.add_argument("--legacy-loss", action="store_true", help="that of the released code")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
 
     group = parser.add_argument_group("run")
-    group.add_argument("--output", type=Path, required=True, help="folder of the run")
+    group.add_argument("--output", type=place, required=True, help="folder of the run")
     group.add_argument("--resume", action="store_true", help="go on with the run in --output")
-    group.add_argument("--workers", type=int, default=2, help="processes that read images")
-    group.add_argument("--threads", type=positive, default=torch.get_num_threads())
-    group.add_argument("--log-every", type=positive, default=10, help="batches to a row of the log")
+    group.add_argument("--workers", type=whole(0, 1024), default=2, help="processes that read")
+    group.add_argument("--threads", type=whole(1, 1024), help="by default PyTorch's own choice")
+    group.add_argument("--log-every", type=whole(1), default=10, help="batches to a row of the log")
     group.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     options = parser.parse_args(argv)
 
     given = [folder is not None for folder in (options.data, options.images, options.masks)]
     if given not in ([True, False, False], [False, True, True]):
         parser.error("give either --data or both --images and --masks")
-    if models:
-        for name in ("", "teacher_"):
-            model = getattr(options, name.rstrip("_") or "model")
-            if model not in (None, "tiny") and getattr(options, f"{name}checkpoint") is None:
-                parser.error(f"--{name.replace('_', '-')}checkpoint is needed for {model}")
-    torch.set_num_threads(options.threads)
+    if options.image_range is not None and options.image_range[0] >= options.image_range[1]:
+        low, high = options.image_range
+        parser.error(f"--image-range must rise, got {low:g} and {high:g}")
+    for model, flag, weights in (
+        (options.model, "--checkpoint", options.checkpoint),
+        (options.teacher, "--teacher-checkpoint", options.teacher_checkpoint),
+    ):
+        if package in MODELS and model not in (None, "tiny") and weights is None:
+            parser.error(f"{flag} is needed for {model}")
     return options
 
 
-def positive(text: str) -> int:
-    """Return the number that the text says, a whole one above zero."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
-
-
-def accelerate(options: argparse.Namespace) -> Accelerator:
-    """Return the accelerator that was asked for, and silence all processes but the main one.
-
-    Raises:
-        ValueError: If the device lacks the precision, or if a step sees a single image.
-    """
-    accelerator = Accelerator(
-        mixed_precision=options.precision,
-        gradient_accumulation_steps=options.accumulate,
-        cpu=options.cpu,
-        # Even batches would repeat images, so that all processes get as many, and an evaluation
-        # would count those twice. In training the last batches are left out if they are too few for
-        # all processes.
-        dataloader_config=DataLoaderConfiguration(even_batches=False),
+def add_data(group: argparse._ArgumentGroup) -> None:
+    """Add where the images and masks are, and how they are read."""
+    group.add_argument("--data", type=place, help="a folder with train.csv, val.csv, test.csv")
+    group.add_argument("--test-table", default="test.csv", help="table of the test images")
+    group.add_argument("--images", type=place, help="instead of --data: a folder of images")
+    group.add_argument("--masks", type=place, help="with --images: masks of the same names")
+    group.add_argument(
+        "--foreground",
+        type=values,
+        nargs="+",
+        default=[],
+        help="values of a mask that are the object, such as 2 or 128-255, where it has several",
     )
-    if not accelerator.is_main_process:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process lives)
-    options.processes = accelerator.num_processes
-    batch = options.batch_size * options.processes
-    if options.precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("--precision fp16 needs a GPU, on a CPU use bf16")
-    if options.no_infosam:
-        return accelerator
-    if batch < 2:
-        raise ValueError(
-            "--batch-size must be at least 2 on one process: InfoSAM compares the samples"
-        )
-    if options.accumulate > 1:
-        print(
-            f"Gradients of {options.accumulate} batches are added up; the Gram matrices stay "
-            f"{batch} x {batch}, those of one batch."
-        )
-    return accelerator
+    group.add_argument(
+        "--ignore",
+        type=values,
+        nargs="+",
+        default=[],
+        help="values of a mask that are neither object nor background",
+    )
+    group.add_argument(
+        "--image-range",
+        type=number(),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="values of images with more than 8 bits, such as 0 4095",
+    )
 
 
-def from_main_process(
-    function: Callable[[argparse.Namespace], T], options: argparse.Namespace
-) -> T:
-    """Call a function on the main process; return its value, or raise its error, on all of them."""
-    error, outcome = None, [None, ""]
-    if PartialState().is_main_process:
-        try:
-            outcome[0] = function(options)
-        except ValueError as raised:
-            error, outcome[1] = raised, str(raised)
-    broadcast_object_list(outcome)
-    result, message = outcome
-    if message:
-        raise error or ValueError(message)
-    return result
+def add_moved(parser: argparse.ArgumentParser, *, data: bool) -> None:
+    """Add where the weights of a run are, and its data, if they are not where they were.
 
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """End the program with a message, and without a traceback, if what the user gave is wrong."""
-    try:
-        yield
-    except ValueError as error:
-        first = os.environ.get("RANK", "0") == "0"
-        sys.exit(f"error: {error}" if first else 1)
-
-
-def read_splits(options: argparse.Namespace) -> data.Splits:
-    """Return the rows of the three splits after checking them.
-
-    Raises:
-        ValueError: If there are too few rows, or if the options are those of a run with other rows.
-        DataError: If anything is wrong with the files.
+    Their names start with `moved_`, as a program may have `--images` of its own.
     """
-    if options.data is not None:
-        splits = data.read_tables(options.data, options.test_table)
-    else:
-        splits = data.read_folders(options.images, options.masks)
-    data.check(splits)
-    names = [[row.image.name, row.label.name] for s in ("train", "val") for row in splits[s]]
-    trained_on = hashlib.sha256(json.dumps(names).encode()).hexdigest()
-    if getattr(options, "trained_on", trained_on) != trained_on:
-        raise ValueError(
-            "the images for training and validation are not those of the run: with others, some it "
-            "has been trained on may be tested"
-        )
-    options.trained_on = trained_on
-    if len(splits["train"]) < options.batch_size * options.processes:
-        raise ValueError(
-            f"--batch-size must be at most the number of training images, {len(splits['train'])}, "
-            f"over that of processes, {options.processes}, got {options.batch_size}"
-        )
-    return splits
-
-
-def open_run(options: argparse.Namespace) -> Path | None:
-    """Make the folder of the run and return None, or return the checkpoint to resume from.
-
-    Raises:
-        ValueError: If the folder holds something else than a run, a finished run, or a run that was
-            started with other options.
-    """
-    asked = {
-        name: str(value.absolute()) if isinstance(value, Path) else value
-        for name, value in vars(options).items()
-        if name not in FREE
+    group = parser.add_argument_group("if something has moved since the run")
+    places = {
+        "checkpoint": "the official weights",
+        "teacher-checkpoint": "those of the teacher",
+        "model": "the folder of a transformers model",
+        "teacher": "that of the teacher",
     }
-    path = options.output / "options.json"
-    if not path.exists():
-        options.output.mkdir(parents=True, exist_ok=True)
-        if any(options.output.iterdir()):
-            raise ValueError(f"--output must be a new or empty folder, got {options.output}")
-        checkpoint.write_json(path, asked)
-        return None
-    if not options.resume:
-        raise ValueError(f"{options.output} holds a run. Go on with --resume, or name another.")
-    if (options.output / "result.json").exists():
-        raise ValueError(f"{options.output} holds a finished run, see result.json there.")
-    before = checkpoint.read_json(path)
-    if before["trained_on"] != asked["trained_on"]:
-        raise ValueError("--resume must go on with the same images for training and validation")
-    changed = [name for name in asked.keys() | before.keys() if asked.get(name) != before.get(name)]
-    if changed:
-        lines = [f"--{n.replace('_', '-')} was {before.get(n)}, is {asked.get(n)}" for n in changed]
-        raise ValueError(f"--resume must go on with the same options: {'; '.join(sorted(lines))}")
-    return checkpoint.latest(options.output)
+    if data:
+        places |= {"data": "the folder of tables", "images": "the folder of images"}
+        places |= {"masks": "the folder of masks"}
+    for name, meaning in places.items():
+        dest = f"moved_{name.replace('-', '_')}"
+        group.add_argument(f"--{name}", dest=dest, type=place, metavar="PATH", help=meaning)
+
+
+def next_command(program: str, *arguments: object) -> str:
+    """Return a sentence with the command that would come next."""
+    absolute = str(Path(__file__).parents[1] / program)
+    path = min(os.path.relpath(absolute), absolute, key=len)
+    return f"Next: {shlex.join(['python', path, *map(str, arguments)])}"
+
+
+def place(text: str) -> Path:
+    """Return the path that the text names, from wherever the program will be later."""
+    return Path(text).absolute()
+
+
+def model_folder(text: str) -> str:
+    """Return the name of a small model, or the path of a folder."""
+    return text if text in SMALL_TRANSFORMERS else str(place(text))
+
+
+def values(text: str) -> tuple[float, float]:
+    """Return the range that a value such as `2`, or a range such as `128-255`, stands for."""
+    low, dash, high = text.partition("-")
+    try:
+        span = float(low), float(high if dash else low)
+    except ValueError:
+        span = (1.0, 0.0)
+    if not 0 <= span[0] <= span[1] < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"must be a value such as 2 or a range such as 128-255, got {text}"
+        )
+    return span
+
+
+def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """Return a function that reads a whole number within these bounds."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {text}") from None
+        if not least <= value <= most:
+            bound = f"at least {least}" if value < least else f"at most {most}"
+            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
+        return value
+
+    return read
+
+
+def number(least: float = -LARGEST, *, exclusive: bool = False) -> Callable[[str], float]:
+    """Return a function that reads a finite number that is not too small."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number, got {text}") from None
+        if not abs(value) <= LARGEST:  # nan is not either
+            raise argparse.ArgumentTypeError(f"must be finite and within {LARGEST:g}, got {text}")
+        if value < least or (exclusive and value == least):
+            bound = "above" if exclusive else "at least"
+            raise argparse.ArgumentTypeError(f"must be {bound} {least:g}, got {text}")
+        return value
+
+    return read
+
+
+def order(text: str) -> float:
+    """Return a Renyi order: a number above zero, or infinity."""
+    return math.inf if text in ("inf", "infinity") else number(0, exclusive=True)(text)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ import torch
 from finetuning_runs import FINETUNING, build
 from PIL import Image
 
-from parts.cache import CachedEncoder
-from parts.data import MaskedImages, Row, collate
-from parts.frame import Frame
-from parts.prompts import Prompts
+from parts.data.batches import MaskedImages, collate
+from parts.data.frame import Frame
+from parts.data.prompts import Prompts
+from parts.data.tables import Row
+from parts.files import digest
+from parts.training.cache import CachedEncoder, teacher_encoder
 from renyi_kd import FeatureCollector
 
 
@@ -40,15 +43,20 @@ def batches(teacher, rows):
     return [collate([data[i] for i in index]) for index in ((4, 1), (0, 2), (5, 3))]
 
 
-def cached(teacher, rows, folder: Path, dtype: str = "float16", precision: str = "no"):
-    return CachedEncoder(teacher, rows, folder / "cache", dtype, precision)
+def cached(teacher, rows, folder: Path, **others: object) -> CachedEncoder:
+    options = {"cache_dtype": "float16", "precision": "no", "image_range": None} | others
+    options |= {"teacher_cache": folder / "cache", "no_infosam": False}
+    digests = [digest(row.image) for row in rows]
+    encode = teacher_encoder(teacher, digests, Namespace(**options))
+    assert isinstance(encode, CachedEncoder)
+    return encode
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 5e-4), ("bfloat16", 4e-3)])
 def test_what_is_read_is_what_the_teacher_gives(
     dtype: str, tolerance: float, teacher, rows, tmp_path: Path, capsys
 ) -> None:
-    encode = cached(teacher, rows, tmp_path, dtype)
+    encode = cached(teacher, rows, tmp_path, cache_dtype=dtype)
     size = 6 * 64 * 16 * 16 * 2
     assert f"{size / 1e6:.1f} MB to write" in capsys.readouterr().out
     given = batches(teacher, rows)
@@ -64,7 +72,7 @@ def test_what_is_read_is_what_the_teacher_gives(
         raise AssertionError
 
     hook = teacher.encoder.register_forward_pre_hook(encoder_must_not_run)
-    again = cached(teacher, rows, tmp_path, dtype)
+    again = cached(teacher, rows, tmp_path, cache_dtype=dtype)
     assert "found" in capsys.readouterr().out
     assert all(torch.equal(x, again(batch)) for x, batch in zip(first, given, strict=True))
     hook.remove()
@@ -72,7 +80,8 @@ def test_what_is_read_is_what_the_teacher_gives(
 
 def test_anything_else_is_another_cache(teacher, rows, tmp_path: Path) -> None:
     paths = [cached(teacher, rows, tmp_path).path]
-    paths.append(cached(teacher, rows, tmp_path, "bfloat16").path)
+    paths.append(cached(teacher, rows, tmp_path, cache_dtype="bfloat16").path)
+    paths.append(cached(teacher, rows, tmp_path, image_range=[0, 4095]).path)
     paths.append(cached(teacher, rows, tmp_path, precision="bf16").path)
     paths.append(cached(teacher, rows[::-1], tmp_path).path)
     Image.open(rows[0].image).rotate(90).save(rows[0].image)
@@ -114,12 +123,15 @@ def test_a_stop_in_mid_write(teacher, rows, tmp_path: Path, monkeypatch) -> None
 
 KILLED = """
 import os, signal, sys
+from argparse import Namespace
 from pathlib import Path
 sys.path.insert(0, {finetuning!r})
 import torch
-from parts import sam
-from parts.cache import CachedEncoder
-from parts.data import MaskedImages, Row, collate
+from parts.models import sam
+from parts.files import digest
+from parts.training.cache import CachedEncoder, teacher_encoder
+from parts.data.batches import MaskedImages, collate
+from parts.data.tables import Row
 
 torch.set_num_threads(1)  # as in the tests: more would round otherwise
 torch.manual_seed(0)
@@ -127,7 +139,9 @@ teacher = sam.build("tiny", None).eval().requires_grad_(False)
 folder = Path({folder!r})
 rows = [Row(folder / f"{{i}}.png", folder / f"{{i}}_mask.png", str(i)) for i in range(6)]
 data = MaskedImages(rows, teacher.frame)
-encode = CachedEncoder(teacher, rows, folder / "cache", "float16", "no")
+options = Namespace(teacher_cache=folder / "cache", cache_dtype="float16", precision="no")
+options.image_range, options.no_infosam = None, False
+encode = teacher_encoder(teacher, [digest(row.image) for row in rows], options)
 encode(collate([data[4], data[1]]))
 pwrite = os.pwrite
 def half(file, content, offset):

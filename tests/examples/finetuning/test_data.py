@@ -1,4 +1,4 @@
-"""Data sets as people have them: encodings of masks, and everything that can be wrong."""
+"""Data sets as a model sees them, and everything that can be wrong with their files."""
 
 import csv
 import io
@@ -12,19 +12,11 @@ import torch
 from PIL import Image
 
 import check_data
-from parts.data import (
-    DataError,
-    MaskedImages,
-    Row,
-    check,
-    collate,
-    loaders,
-    read_folders,
-    read_image,
-    read_mask,
-    read_tables,
-)
-from parts.frame import Frame
+from parts.data.batches import MaskedImages, collate, loaders
+from parts.data.check import check
+from parts.data.frame import Frame
+from parts.data.reading import Reading
+from parts.data.tables import DataError, read_tables
 
 HEIGHT, WIDTH = 24, 40
 MASK = np.zeros((HEIGHT, WIDTH), dtype=bool)
@@ -50,92 +42,48 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def palette(*colours: tuple[int, int, int]) -> Image.Image:
-    image = Image.fromarray(MASK.astype(np.uint8), mode="P")
-    image.putpalette([channel for colour in colours for channel in colour])
-    return image
-
-
-ENCODINGS = {
-    "0 and 1": Image.fromarray(MASK.astype(np.uint8)),
-    "0 and 255": Image.fromarray(MASK.astype(np.uint8) * 255),
-    "0 and 254": Image.fromarray(MASK.astype(np.uint8) * 254),
-    "one bit": Image.fromarray(MASK),
-    "16 bit": Image.fromarray(MASK.astype(np.uint16) * 65535),
-    "32 bit": Image.fromarray(MASK.astype(np.int32)),
-    "colours": Image.fromarray(np.stack([MASK.astype(np.uint8) * 255] * 3, axis=-1)),
-    "with alpha": Image.fromarray(MASK.astype(np.uint8) * 255).convert("RGBA"),
-    "black and white palette": palette((0, 0, 0), (255, 255, 255)),
-    "black and dark red palette": palette((0, 0, 0), (128, 0, 0)),
-    "three values": Image.fromarray(
-        np.where(MASK, np.where(np.arange(WIDTH) < 12, 128, 255), 0).astype(np.uint8)
-    ),
-    "soft below the threshold": Image.fromarray(
-        np.where(MASK, 255, np.arange(WIDTH) % 120).astype(np.uint8)
-    ),
-    "soft 16 bit": Image.fromarray(np.where(MASK, 65535, np.arange(WIDTH) * 700).astype(np.uint16)),
-    "probabilities": Image.fromarray(np.where(MASK, 0.9, np.arange(WIDTH) / 100).astype("f4")),
-}
-TIFF = ("32 bit", "probabilities")
-
-
-@pytest.mark.parametrize("encoding", ENCODINGS)
-def test_masks_of_any_encoding(encoding: str, tmp_path: Path) -> None:
-    path = tmp_path / ("mask.tif" if encoding in TIFF else "mask.png")
-    ENCODINGS[encoding].save(path)
-    np.testing.assert_array_equal(read_mask(path), MASK)
-
-
-def test_jpeg_masks(tmp_path: Path) -> None:
-    mask = np.kron(MASK, np.ones((7, 7), dtype=bool))
-    Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / "mask.jpg", quality=60)
-    values = np.asarray(Image.open(tmp_path / "mask.jpg"))
-    assert ((values > 0) & (values < 8)).any()  # the residue that a threshold at 0 would keep
-    np.testing.assert_array_equal(read_mask(tmp_path / "mask.jpg"), mask)
-
-    noise = np.random.default_rng(0).integers(0, 8, (HEIGHT, WIDTH), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "empty.png")
-    assert not read_mask(tmp_path / "empty.png").any()
-
-
-@pytest.mark.parametrize("value", [1, 255])
-def test_a_mask_may_fill_the_image(value: int, tmp_path: Path) -> None:
-    Image.fromarray(np.full((4, 4), value, dtype=np.uint8)).save(tmp_path / "mask.png")
-    assert read_mask(tmp_path / "mask.png").all()
-
-
-def test_photographs_are_turned_upright(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    picture(0).save(tmp_path / "image.png", exif=exif)
-    Image.fromarray(MASK).convert("L").save(tmp_path / "mask.png", exif=exif)
-    upright = np.rot90(np.asarray(picture(0)), 3)
-    np.testing.assert_array_equal(read_image(tmp_path / "image.png"), upright)
-    np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), np.rot90(MASK, 3))
-
-
-def test_16_bit_images_keep_their_contrast(tmp_path: Path) -> None:
-    ramp = np.linspace(0, 65535, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint16)
-    Image.fromarray(ramp).save(tmp_path / "image.png")
-    image = read_image(tmp_path / "image.png")
-    assert np.abs(image[..., 0] - ramp / 257).max() <= 1
-
-
 def test_a_good_data_set(folder: Path) -> None:
     splits = read_tables(folder)
-    check(splits)
+    Image.fromarray(MASK.astype(np.uint8) * 255).save(folder / "3_mask.png")
+    report = check(splits)
+    assert report.lines == [
+        "4 images for train, 2 images for val, 2 images for test",
+        "images: 8 of 8 bits",
+        "masks: 7 of values 0 and 1, 1 of values 0 and 255",  # so that a mixture shows
+        "Warning: 2 images for the test are too few to compare results.",
+    ]
     assert [len(splits[split]) for split in ("train", "val", "test")] == [4, 2, 2]
     assert splits["val"][0].image == folder / "4.png"
     assert splits["val"][0].label == folder / "4_mask.png"
 
 
-@pytest.mark.parametrize("header", ["image,label,note", ",image,label", "label,image"])
-def test_tables_as_excel_writes_them(header: str, folder: Path) -> None:
-    cells = {"image": "0.png", "label": "0_mask.png"}
-    row = ",".join(cells.get(name, "7") for name in header.split(","))
-    (folder / "train.csv").write_text(f"{header}\r\n{row}\r\n", encoding="utf-8-sig")
-    expected = Row(folder / "0.png", folder / "0_mask.png", "train.csv line 2")
-    assert read_tables(folder)["train"] == [expected]
+def test_a_data_set_is_known_by_its_contents(folder: Path, tmp_path_factory) -> None:
+    trained_on = check(read_tables(folder)).trained_on
+    moved = shutil.copytree(folder, tmp_path_factory.mktemp("moved") / "data")
+    (moved / "0.png").rename(moved / "other.png")
+    table = (moved / "train.csv").read_text()
+    (moved / "train.csv").write_text(table.replace("0.png", "other.png"))
+    picture(9).save(moved / "7.png")  # an image of the test
+    assert check(read_tables(moved)).trained_on == trained_on
+    Image.fromarray(~MASK).save(moved / "5_mask.png")
+    assert check(read_tables(moved)).trained_on != trained_on
+
+
+def test_images_that_use_few_of_16_bits(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        values = rng.integers(0, 4096, (HEIGHT, WIDTH), dtype=np.uint16)
+        Image.fromarray(values).save(folder / f"{i}.png")
+    splits = read_tables(folder)
+    with pytest.raises(DataError, match=r"of 65535: have they fewer bits.* 0 4095, or") as error:
+        check(splits)
+    (problem,) = error.value.problems
+    assert problem.kind == "images of fewer bits"
+    for image_range in ((0, 4095), (0, 65535)):
+        report = check(splits, Reading(image_range=image_range))
+        assert f"images: 8 of range 0 to {image_range[1]}" in report.lines
+    Image.fromarray(np.full((HEIGHT, WIDTH), 40000, dtype=np.uint16)).save(folder / "7.png")
+    check(splits)  # the others are dark
 
 
 def write(name: str, content: bytes) -> Callable[[Path], object]:
@@ -173,6 +121,13 @@ BAD = {
         "cannot be read",
     ),
     "half a JPEG": (half_a_jpeg("7_mask.png"), "test.csv line 3: mask", "cannot be read"),
+    "labels": (
+        lambda f: Image.fromarray(MASK + np.eye(HEIGHT, WIDTH, dtype=np.uint8)).save(
+            f / "5_mask.png"
+        ),
+        "val.csv line 3: mask",
+        "holds values 0, 1, 2: a label map?",
+    ),
     "in two splits": (
         lambda f: shutil.copy(f / "0.png", f / "5.png"),
         "val.csv line 3",
@@ -188,8 +143,8 @@ def test_bad_files(case: str, folder: Path) -> None:
     with pytest.raises(DataError) as error:
         check(read_tables(folder))
     (problem,) = error.value.problems
-    assert problem.startswith(row)
-    assert what in problem
+    assert problem.text.startswith(row)
+    assert what in problem.text
 
 
 def test_all_bad_files_at_once(folder: Path) -> None:
@@ -200,110 +155,12 @@ def test_all_bad_files_at_once(folder: Path) -> None:
     with pytest.raises(DataError) as error:
         check(read_tables(folder))
     assert len(error.value.problems) == len(BAD)
+    lines = [problem.text for problem in error.value.problems]
     for case, (_, row, what) in BAD.items():
         if case != "in two splits":
-            assert any(row in problem and what in problem for problem in error.value.problems)
+            assert any(row in line and what in line for line in lines)
     assert "val.csv line 3" in str(error.value)
     assert f"{len(BAD)} problems" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda f: (f / "val.csv").unlink(), "val.csv: "),
-        (write("val.csv", b",image,mask\n0,4.png,4_mask.png\n"), "val.csv: no column label"),
-        (write("val.csv", b""), "val.csv: no column image and label"),
-        (write("val.csv", b",image,label\n"), "val.csv: no rows"),
-        (write("val.csv", b",image,label\n0,4.png,\n1,5.png,x\n"), "val.csv line 2: no image or"),
-        (write("val.csv", b",image,label\n0,,4_mask.png\n1,5.png,x\n"), "val.csv line 2: no image"),
-        (write("val.csv", b",image,label\n1,5.png,x\n0,4.png\n"), "val.csv line 3: no image or"),
-        (write("val.csv", b"\xff\xfe,\x00image"), "val.csv: "),
-    ],
-)
-def test_bad_tables(spoil: Callable[[Path], object], message: str, folder: Path) -> None:
-    spoil(folder)
-    with pytest.raises(DataError) as error:
-        read_tables(folder)
-    (problem,) = error.value.problems
-    assert problem.startswith(message)
-
-
-def test_all_bad_tables_at_once(folder: Path) -> None:
-    (folder / "train.csv").write_text(",image,label\n0,,a.png\n1,0.png,0_mask.png\n2,b.png,\n")
-    (folder / "val.csv").write_text(",image\n")
-    (folder / "test.csv").unlink()
-    with pytest.raises(DataError) as error:
-        read_tables(folder)
-    starts = ("train.csv line 2: ", "train.csv line 4: ", "val.csv: ", "test.csv: ")
-    assert len(error.value.problems) == len(starts)
-    assert all(p.startswith(start) for p, start in zip(error.value.problems, starts, strict=True))
-
-
-def pairs(tmp_path: Path, count: int) -> tuple[Path, Path]:
-    images, masks = tmp_path / "images", tmp_path / "masks"
-    images.mkdir()
-    masks.mkdir()
-    for i in range(count):
-        (images / f"{i}.jpg").touch()
-        (masks / f"{i}.png").touch()
-    return images, masks
-
-
-def test_folders_are_split_by_names(tmp_path: Path) -> None:
-    images, masks = pairs(tmp_path, 47)
-    (images / ".hidden").touch()
-    splits = read_folders(images, masks)
-    assert [len(splits[split]) for split in ("train", "val", "test")] == [39, 4, 4]
-    rows = [row for split in splits.values() for row in split]
-    assert {row.image for row in rows} == set(images.glob("*.jpg"))
-    assert all(row.image.stem == row.label.stem for row in rows)
-    assert read_folders(images, masks) == splits
-    moved = [folder.rename(tmp_path / f"moved_{folder.name}") for folder in (images, masks)]
-    for split, members in read_folders(*moved).items():
-        assert [row.image.name for row in members] == [row.image.name for row in splits[split]]
-
-
-def test_ten_pairs_are_enough(tmp_path: Path) -> None:
-    images, masks = pairs(tmp_path, 8)
-    for name in ("scan.1", "scan.2"):  # a dot inside of a name
-        (images / f"{name}.jpg").touch()
-        (masks / f"{name}.png").touch()
-    splits = read_folders(images, masks)
-    assert [len(splits[split]) for split in ("train", "val", "test")] == [8, 1, 1]
-
-
-def test_all_files_without_a_partner(tmp_path: Path) -> None:
-    images, masks = pairs(tmp_path, 8)
-    for path in (images / "a.jpg", images / "b.jpg", masks / "c.png"):
-        path.touch()
-    with pytest.raises(DataError) as error:
-        read_folders(images, masks)
-    lonely = ("a.jpg: no mask", "b.jpg: no mask", "c.png: no image", "10 pairs or more")
-    assert len(error.value.problems) == len(lonely)
-    assert all(what in p for p, what in zip(error.value.problems, lonely, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda f: (f / "masks" / "3.png").unlink(), "3.jpg: no mask of that name"),
-        (lambda f: (f / "images" / "3.jpg").unlink(), "3.png: no image of that name"),
-        (lambda f: (f / "images" / "3.png").touch(), "3.png: a second file of that name"),
-        (lambda f: shutil.rmtree(f / "masks"), "masks: no such folder"),
-    ],
-)
-def test_bad_folders(spoil: Callable[[Path], object], message: str, tmp_path: Path) -> None:
-    images, masks = pairs(tmp_path, 12)
-    spoil(tmp_path)
-    with pytest.raises(DataError) as error:
-        read_folders(images, masks)
-    (problem,) = error.value.problems
-    assert problem.endswith(message)
-
-
-def test_too_few_pairs(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="10 pairs or more"):
-        read_folders(*pairs(tmp_path, 9))
 
 
 @pytest.mark.parametrize(("keep_aspect", "y"), [(True, 2), (False, 80 / 24)])
@@ -321,12 +178,48 @@ def test_a_row_as_a_model_sees_it(keep_aspect: bool, y: float, folder: Path) -> 
     assert batch.valid.sum() == 2 * 80 * 24 * y
     assert batch.index == [2, 1]
     assert all(torch.equal(truth, torch.from_numpy(MASK)) for truth in batch.truths)
+    assert all(known.all() for known in batch.known)
+
+
+def test_what_is_ignored_does_not_count(folder: Path) -> None:
+    values = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    values[4:16, 7:31] = 255
+    values[5:15, 8:30] = 1
+    Image.fromarray(values).save(folder / "1_mask.png")
+    reading = Reading(ignore=[(255, 255)])
+    batch = collate([MaskedImages(read_tables(folder)["train"], Frame(80, True), reading)[1]])
+    assert torch.equal(batch.truths[0], torch.from_numpy(values == 1))
+    assert torch.equal(batch.known[0], torch.from_numpy(values != 255))
+    scaled = torch.zeros(80, 80, dtype=torch.bool)
+    scaled[: 2 * HEIGHT, : 2 * WIDTH] = (
+        batch.known[0].repeat_interleave(2, 0).repeat_interleave(2, 1)
+    )
+    assert torch.equal(batch.valid[0], scaled)
+    assert not (batch.masks & ~batch.valid).any()
+
+
+def test_strips_keep_a_row(folder: Path) -> None:
+    """A picture of 2 by 2000 pixels, which 80 pixels would scale to nothing."""
+    strip = np.random.default_rng(0).integers(0, 256, (2, 2000, 3), dtype=np.uint8)
+    mask = np.zeros((2, 2000), dtype=bool)
+    mask[:1, 50:1000] = True
+    Image.fromarray(strip).save(folder / "1.png")
+    Image.fromarray(mask).save(folder / "1_mask.png")
+    splits = read_tables(folder)
+    check(splits)
+    for keep_aspect in (True, False):
+        frame = Frame(80, keep_aspect)
+        batch = collate([MaskedImages(splits["train"], frame)[1]])
+        assert batch.masks.any()
+        assert batch.valid.any(2).sum() == (1 if keep_aspect else 80)
+        assert frame.restore(torch.zeros(20, 20), 2, 2000).shape == (2, 2000)
 
 
 def test_order_of_training(folder: Path) -> None:
     def epochs(seed: int) -> list[list[int]]:
         order = torch.Generator().manual_seed(seed)
-        train, val, test = loaders(read_tables(folder), Frame(16, True), 3, 0, order)
+        read = read_tables(folder), Frame(16, True), Reading()
+        train, val, test = loaders(*read, batch_size=3, workers=0, order=order)
         assert [batch.index for loader in (val, test) for batch in loader] == [[0, 1], [0, 1]]
         drawn = [[batch.index for batch in train] for _ in range(8)]
         assert all(len(batches) == 1 for batches in drawn)  # the fourth image makes no batch
@@ -339,7 +232,9 @@ def test_order_of_training(folder: Path) -> None:
 def test_check_data(folder: Path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(check_data.RECIPES, "leaf", check_data.Recipe(6, 2))
     check_data.main([str(folder), "leaf"])
-    assert "is leaf: 4 train, 2 val, 2 test" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "is leaf\n" in said
+    assert "4 images for train, 2 images for val, 2 images for test" in said
     (folder / "1.png").unlink()
     monkeypatch.setitem(check_data.RECIPES, "leaf", check_data.Recipe(498, 90))
     with pytest.raises(SystemExit) as error:

@@ -1,6 +1,5 @@
-"""Trained students in the official packages, and masks of a folder of images."""
+"""Trained students in the official packages: what is exported is whole, and gives their masks."""
 
-import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -8,21 +7,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from finetuning_runs import FAST_METHODS, FINETUNING, QUICKSTART, WEIGHTS, combinations
+from finetuning_runs import FINETUNING, combinations, run
 from PIL import Image
+from safetensors.torch import load_file
 from sam2.build_sam import build_sam2
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from segment_anything import SamPredictor
-from transformers import Sam2Model, SamModel
+from transformers import (
+    Sam2Model,
+    Sam2VideoConfig,
+    Sam2VideoModel,
+    SamImageProcessor,
+    SamModel,
+    SamProcessor,
+)
 
 import export
-import predict
-from parts import huggingface, sam2
-from parts.adaptation import METHODS
-from parts.frame import Frame
-from parts.prompts import Prompts
-from parts.tiny_sam import build_tiny_sam
-from parts.trained import load_adapters, load_run
+from parts.data.frame import Frame
+from parts.data.prompts import Prompts
+from parts.models import huggingface, sam2
+from parts.models.tiny_sam import build_tiny_sam
+from parts.options import METHODS
+from parts.runs.trained import export as export_student
+from parts.runs.trained import load_adapters, load_run
 
 BOX = np.array([60.0, 50.0, 180.0, 190.0])
 
@@ -114,118 +121,131 @@ def logits_of(run: Path, image: np.ndarray, epoch: int | None = None) -> np.ndar
     return student.frame.restore(logits, *image.shape[:2]).numpy()
 
 
-def write_table(path: Path, header: str, rows: list[list[object]]) -> None:
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([header.split(","), *rows])
+def test_exports_replace_nothing_and_make_folders(trained, tmp_path: Path, capsys) -> None:
+    run = str(trained("sam", "lora"))
+    export.main([run, str(tmp_path / "new" / "leaf.pth")])
+    assert "multimask_output=False" in capsys.readouterr().out
+    load_state(build_tiny_sam(), tmp_path / "new" / "leaf.pth")
+    before = (tmp_path / "new" / "leaf.pth").read_bytes()
+    for target in (tmp_path / "new" / "leaf.pth", tmp_path / "new"):
+        with pytest.raises(SystemExit, match="exists; nothing is written over it"):
+            export.main([run, str(target)])
+    assert (tmp_path / "new" / "leaf.pth").read_bytes() == before
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["leaf.pth"]
 
 
-@pytest.mark.parametrize("family", ["sam", "transformers-sam2"])
-def test_predict(family: str, trained, image: np.ndarray, tmp_path: Path) -> None:
-    run = trained(family, FAST_METHODS[family])
-    # A few steps from random weights end with masks that are empty; there are none to begin with.
-    epoch = None if family == "sam" else 0
-    wide = np.concatenate([image, image[:, ::-1]], axis=1)
-    (tmp_path / "sub").mkdir()
-    Image.fromarray(wide).save(tmp_path / "sub" / "wide.png")
-    boxes = [[60, 50, 180, 190], [300, 20, 480, 200]]
-    write_table(
-        tmp_path / "boxes.csv", "image,x0,y0,x1,y1", [["sub/wide.png", *box] for box in boxes]
-    )
-    asked = [] if epoch is None else ["--epoch", str(epoch)]
-    table = [str(run), str(tmp_path / "boxes.csv")]
-    predict.main([*table, "--output", str(tmp_path / "masks"), *asked])
-
-    student, _ = load_run(run, epoch)
-    for name, box in zip(("wide.png", "wide-2.png"), boxes, strict=True):
-        mask = np.asarray(Image.open(tmp_path / "masks" / "sub" / name))
-        assert mask.shape == wide.shape[:2]
-        assert set(np.unique(mask)) <= {0, 255}
-        scaled = student.frame.boxes(torch.tensor([box]).float(), *mask.shape)
-        with torch.no_grad():
-            logits = student(student.frame.image(wide)[None], Prompts(scaled))[0]
-        expected = student.frame.restore(logits, *mask.shape).numpy() > 0
-        assert 0.01 < expected.mean() < 0.99
-        assert (mask > 0).mean() == pytest.approx(expected.mean(), abs=1e-3)
-        assert ((mask > 0) == expected).mean() > 0.999
-
-    points = [["sub/wide.png", 120, 120, 1], ["sub/wide.png", 20, 20, 0]]
-    write_table(tmp_path / "points.csv", "image,x,y,label", points)
-    predict.main([str(run), str(tmp_path / "points.csv"), "--output", str(tmp_path / "by points")])
-    assert [path.name for path in (tmp_path / "by points").rglob("*.png")] == ["wide.png"]
-
-
-def test_masks_replace_nothing(trained, image: np.ndarray, tmp_path: Path) -> None:
-    run = trained("sam", "lora")
-    (tmp_path / "images").mkdir()
-    for name in ("a.png", "b.png", "b.jpg"):
-        Image.fromarray(image).save(tmp_path / "images" / name)
-    before = {path: path.read_bytes() for path in (tmp_path / "images").iterdir()}
-    absolute = str(tmp_path / "images" / "a.png")
-
-    def ask(names: list[str], folder: str, output: str) -> None:
-        write_table(tmp_path / "t.csv", "image,x,y,label", [[name, 99, 99, 1] for name in names])
-        options = ["--images", str(tmp_path / folder), "--output", str(tmp_path / output)]
-        predict.main([str(run), str(tmp_path / "t.csv"), *options])
-
-    ask([absolute], "images", "absolute")
-    (tmp_path / "elsewhere").mkdir()
-    ask(["../images/a.png"], "elsewhere", "above")
-    for output in ("absolute", "above"):
-        assert [path.name for path in (tmp_path / output).rglob("*.*")] == ["a.png"]
-    with pytest.raises(SystemExit, match="a mask would replace"):
-        ask(["a.png"], "images", "images")
-    with pytest.raises(SystemExit, match=r"b.jpg and b.png would both have the mask"):
-        ask(["b.png", "b.jpg"], "images", "twice")
-    assert {path: path.read_bytes() for path in (tmp_path / "images").iterdir()} == before
-
-
-def test_wrong_runs_and_tables(trained, tmp_path: Path) -> None:
-    run = trained("sam", "lora")
-    target = str(tmp_path / "exported.pth")
-    write_table(tmp_path / "wrong.csv", "file,x,y", [["a.png", 1, 2]])
-    write_table(tmp_path / "absent.csv", "image,x,y,label", [["a.png", 1, 2, 1]])
-    output = ["--output", str(tmp_path / "masks")]
-    for script, arguments, message in (
-        (export, [str(tmp_path), target], "must hold a run with a checkpoint"),
-        (export, [str(run), target, "--epoch", "9"], "must hold the checkpoint of epoch 9"),
-        (export, [str(run), str(run)], "exists"),
-        (predict, [str(run), str(tmp_path / "wrong.csv"), *output], "must have columns image and"),
-        (predict, [str(run), str(tmp_path / "absent.csv"), *output], "a.png cannot be read"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            script.main(arguments)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "model", "method"),
+    ("arguments", "message"),
     [
-        ("finetune_sam.py", ["tiny", "--checkpoint", WEIGHTS], "lora"),
-        ("finetune_sam2.py", ["tiny"], "adapter"),
+        (["{empty}", "x.pth"], "must hold a run, and has no options.json"),
+        (["{run}", "x.pth", "--epoch", "9"], "must hold the checkpoint of epoch 9"),
+        (["{run}", "x.pth", "--checkpoint", "other"], "is not there any more; say by --checkpoint"),
+        (["{run}", "x.pth", "--teacher-checkpoint", "other"], "--teacher-checkpoint was not given"),
     ],
 )
-def test_from_training_to_masks_by_the_documented_commands(
-    script: str, model: list[str], method: str, tmp_path: Path
+def test_wrong_exports(
+    arguments: list[str], message: str, trained, tmp_path: Path, monkeypatch
 ) -> None:
-    def call(name: str, *arguments: object, folder: Path = FINETUNING) -> str:
-        command = [sys.executable, str(folder / name), *map(str, arguments)]
-        process = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
-        assert process.returncode == 0, process.stderr
-        return process.stdout
+    monkeypatch.chdir(tmp_path)
+    places = {"run": trained("sam", "lora"), "empty": tmp_path}
+    with pytest.raises(SystemExit, match=message):
+        export.main([argument.format(**places) for argument in arguments])
+    assert not (tmp_path / "x.pth").exists()
 
-    sizes = ["--train", 8, "--val", 2, "--test", 5]
-    call("make_dataset.py", "data", *sizes, folder=QUICKSTART)
-    options = ["--data", "data", "--epochs", 2, "--method", method, "--teacher-cache", "cache"]
-    call(script, "--model", *model, *options, "--output", "run")
-    assert "run before" in call("evaluate.py", "run", "--pretrained", "--output", "scores")
-    drawn = call("pictures.py", "run", "--output", "pictures")
-    for name in ("predictions", "relations", "curves"):
-        assert f"{name}.png" in drawn
-        with Image.open(tmp_path / "pictures" / f"{name}.png") as picture:
-            assert min(picture.size) > 300
-            assert len(np.unique(np.asarray(picture.convert("L")))) > 50  # something is drawn
-    assert "exported.pt" in call("export.py", "run", "exported.pt")
-    boxes = [["0000.jpg", 60, 50, 180, 190], ["0003.jpg", 60, 50, 180, 190]]
-    write_table(tmp_path / "boxes.csv", "image,x0,y0,x1,y1", boxes)
-    call("predict.py", "run", "boxes.csv", "--images", "data/test", "--output", "masks")
-    assert {path.name for path in (tmp_path / "masks").iterdir()} == {"0000.png", "0003.png"}
+
+def test_weights_that_are_not_finite_are_not_exported(trained, tmp_path: Path) -> None:
+    student, options = load_run(trained("sam", "lora"))
+    next(student.decoder.parameters()).data[0] = np.nan
+    with pytest.raises(ValueError, match="the student must have finite weights: 1 of "):
+        export_student(student, options, tmp_path / "leaf.pth")
+    assert not any(tmp_path.iterdir())
+
+
+LIMITED = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_an_export_to_a_full_disk_leaves_nothing(trained, tmp_path: Path) -> None:
+    program = [str(FINETUNING / "export.py"), str(trained("sam", "lora")), "leaf.pth"]
+    process = subprocess.run(
+        [sys.executable, "-c", LIMITED, *program],
+        check=False,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1
+    message = f"error: {tmp_path}/leaf.pth: File too large (files on that disk may not be so large)"
+    assert process.stderr.splitlines() == [message]
+    assert not any(tmp_path.iterdir())
+
+
+# --- folders of transformers ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """A SAM with its processor, and a SAM2 for videos."""
+    base = tmp_path_factory.mktemp("models")
+    huggingface.tiny_sam().save_pretrained(base / "sam")
+    SamProcessor(SamImageProcessor()).save_pretrained(base / "sam")
+    image = huggingface.tiny_sam2().config
+    config = Sam2VideoConfig(
+        vision_config=image.vision_config.to_dict(),
+        prompt_encoder_config=image.prompt_encoder_config.to_dict(),
+        mask_decoder_config=image.mask_decoder_config.to_dict(),
+        image_size=256,
+        memory_attention_hidden_size=64,
+        memory_attention_feed_forward_hidden_size=64,
+        memory_attention_num_layers=1,
+        memory_attention_rope_feat_sizes=[16, 16],
+        memory_encoder_hidden_size=64,
+        memory_encoder_output_channels=16,
+        mask_downsampler_embed_dim=64,
+        memory_fuser_embed_dim=64,
+        memory_fuser_intermediate_dim=64,
+    )
+    Sam2VideoModel(config).save_pretrained(base / "video")
+    return base
+
+
+def trained_on(folder: Path, data: Path, output: Path, method: str) -> Path:
+    options = ["--model", folder, "--method", method, "--epochs", 1, "--lr", 1e-2]
+    run("transformers-sam", data, output, *options)
+    return output
+
+
+def test_an_export_has_the_processor_of_its_model(folders, data: Path, tmp_path: Path) -> None:
+    trained_on(folders / "sam", data, tmp_path / "run", "lora")
+    export.main([str(tmp_path / "run"), str(tmp_path / "exported")])
+    names = {path.name for path in (tmp_path / "exported").iterdir()}
+    assert names == {path.name for path in (folders / "sam").iterdir()}
+    SamProcessor.from_pretrained(tmp_path / "exported")
+    SamModel.from_pretrained(tmp_path / "exported")
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter"])
+def test_an_export_has_the_parts_for_videos(
+    method: str, folders, data: Path, image: np.ndarray, tmp_path: Path
+) -> None:
+    run = trained_on(folders / "video", data, tmp_path / "run", method)
+    export.main([str(run), str(tmp_path / "exported")])
+    before = load_file(folders / "video" / "model.safetensors")
+    after = load_file(tmp_path / "exported" / "model.safetensors")
+    assert before.keys() == {key for key in after if "adapter" not in key}
+    memory = [key for key in before if key.startswith("memory_")]
+    assert memory
+    assert all(torch.equal(before[key], after[key]) for key in memory)
+    assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith("mask_decoder"))
+    if method == "lora":
+        Sam2VideoModel.from_pretrained(tmp_path / "exported")
+        model = Sam2Model.from_pretrained(tmp_path / "exported").eval()
+        _, logits = predicted("transformers-sam2", model, image)
+        own = logits_of(run, image)
+        assert np.abs(logits - own).max() <= 1e-4 * np.abs(own).max()

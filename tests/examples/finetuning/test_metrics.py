@@ -1,18 +1,11 @@
 """The scores of an image by hand, and by the definitions in the libraries."""
 
-import csv
-import json
-from pathlib import Path
-from statistics import mean, stdev
-
 import numpy as np
 import pytest
 import torch
-from finetuning_runs import run, training_options
 from py_sod_metrics import Emeasure, Smeasure, WeightedFmeasure
 
-import evaluate
-from parts.metrics import image_scores
+from parts.evaluation.metrics import image_scores
 
 
 def square(top: int, left: int, side: int) -> torch.Tensor:
@@ -102,40 +95,3 @@ def test_background_and_foreground_alone(paper: bool) -> None:
     scores = image_scores(logits_of(full), truth, paper=paper)
     assert scores["iou"] == pytest.approx(400 / 2000)
     assert scores["boundary_f1_3"] == 0
-
-
-def test_evaluate_runs(trained, data: Path, tmp_path: Path, capsys) -> None:
-    # Two runs that differ in nothing but their seed, and one of another method.
-    runs = [str(trained("sam", "lora")), str(tmp_path / "other seed"), str(tmp_path / "decoder")]
-    run("sam", data, Path(runs[1]), *training_options("sam", "lora"), "--seed", 1)
-    run("sam", data, Path(runs[2]), "--method", "decoder", "--epochs", 1)
-    capsys.readouterr()
-    arguments = [*runs, "--pretrained", "--output", str(tmp_path / "scores")]
-    evaluate.main(arguments)
-    table = capsys.readouterr().out
-    result = json.loads((tmp_path / "scores" / "scores.json").read_text())
-    assert [*result["runs"]] == [*runs, *(f"{name} before" for name in runs)]
-    for name in runs:
-        test = json.loads((Path(name) / "result.json").read_text())["test"]
-        assert result["runs"][name]["iou"] == pytest.approx(test["iou"], abs=1e-6)
-        assert result["runs"][name]["dice"] == pytest.approx(test["dice"], abs=1e-6)
-        assert name in table
-    before = [result["runs"][f"{name} before"] for name in runs]
-    assert before[0] == before[1] == before[2] != result["runs"][runs[0]]
-    both = [result["runs"][name]["s_measure"] for name in runs[:2]]
-    seeds = [" ".join(runs[:2]), " ".join(f"{name} before" for name in runs[:2])]
-    assert [*result["seeds"]] == seeds
-    found = result["seeds"][seeds[0]]
-    assert found["mean"]["s_measure"] == pytest.approx(mean(both))
-    assert found["standard deviation"]["s_measure"] == pytest.approx(stdev(both))
-    assert f"the 2 seeds of {runs[0]}" in table
-    with (tmp_path / "scores" / "images.csv").open() as file:
-        images = [row for row in csv.DictReader(file) if row["run"] == runs[0]]
-    assert len(images) == 2
-    assert mean(float(row["iou"]) for row in images) == pytest.approx(
-        result["runs"][runs[0]]["iou"]
-    )
-    evaluate.main([runs[0], *arguments[-2:], "--paper", "--split", "val"])
-    paper = json.loads((tmp_path / "scores" / "scores.json").read_text())
-    assert paper["split"] == "val"
-    assert paper["paper"]

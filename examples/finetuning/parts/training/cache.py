@@ -12,21 +12,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from parts import checkpoint
-from parts.data import Batch, Row, digest
-from parts.segmenter import Segmenter
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+from parts import files
+from parts.data.batches import Batch
+from parts.errors import InputError, describe
+from parts.models.segmenter import Segmenter
 
 
 def teacher_encoder(
-    teacher: Segmenter, rows: list[Row], options: argparse.Namespace
+    teacher: Segmenter, images: list[str], options: argparse.Namespace
 ) -> Callable[[Batch], Tensor]:
-    """Return a function from a batch to the teacher's image embeddings: its encoder, or a cache."""
+    """Return a function from a batch to the teacher's image embeddings: its encoder, or a cache.
+
+    `images` are the digests of the files, in the order of the rows.
+    """
     if options.teacher_cache is None or options.no_infosam:
         return lambda batch: teacher.encode(batch.images)[-1]
+    precision, read = options.precision, options.image_range
+    name = key(teacher, images, options.cache_dtype, precision, read)
     return CachedEncoder(
-        teacher, rows, options.teacher_cache, options.cache_dtype, options.precision
+        teacher, len(images), options.teacher_cache / name, getattr(torch, options.cache_dtype)
     )
 
 
@@ -37,56 +41,51 @@ class CachedEncoder:
     read back from the file, where it is rounded to `dtype`. The first epoch therefore sees the same
     values as later ones, and as a run that is resumed.
 
-    The name of the file is a digest of everything that the embeddings depend on: the teacher's
-    weights, its preprocessing, the precision, and the images. A cache of anything else has another
-    name and is not found.
+    The name of the file is the `key` of everything that the embeddings depend on. A cache of
+    anything else has another name and is not found.
 
     A second file holds a mark for each embedding, which is set after the embedding has reached the
     disk. An embedding that a kill cut short has no mark, and is computed again.
 
     Args:
         teacher: The teacher, in eval mode and frozen.
-        rows: The rows of the data set, in its order.
-        folder: Where the files are. Several runs may share it.
-        dtype: Name of the dtype on disk.
-        precision: The precision in which the teacher runs.
+        count: The number of rows of the data set.
+        path: The file. Several runs may share it.
+        dtype: The dtype on disk.
 
     Raises:
-        ValueError: If the folder cannot be written to although embeddings are missing.
+        InputError: If the file cannot be written to although embeddings are missing.
     """
 
-    def __init__(
-        self, teacher: Segmenter, rows: list[Row], folder: Path, dtype: str, precision: str
-    ) -> None:
-        self.teacher, self.dtype = teacher, DTYPES[dtype]
+    def __init__(self, teacher: Segmenter, count: int, path: Path, dtype: torch.dtype) -> None:
+        self.teacher, self.path, self.dtype = teacher, path, dtype
         side = teacher.frame.size // teacher.stride
         self.shape = teacher.dim, side, side
         self.bytes = math.prod(self.shape) * self.dtype.itemsize
-        self.path = folder / key(teacher, rows, dtype, precision)
-        size = len(rows) * self.bytes
-        whole = self.path.with_suffix(".whole")
+        size = count * self.bytes
+        whole = path.with_suffix(".whole")
         try:
-            found = whole.read_bytes() if whole.exists() and self.path.exists() else b""
-            if len(found) != len(rows):
-                print(f"Teacher cache: {size / 1e6:.1f} MB to write to {self.path}")
-                folder.mkdir(parents=True, exist_ok=True)
-                with self.path.open("wb") as file:
+            found = whole.read_bytes() if whole.exists() and path.exists() else b""
+            if len(found) != count:
+                print(f"Teacher cache: {size / 1e6:.1f} MB to write to {path}")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("wb") as file:
                     reserve(file.fileno(), size)
-                found = bytes(len(rows))
-                checkpoint.write_bytes(whole, found)
+                found = bytes(count)
+                files.replace(whole, found)
             elif all(found):
-                print(f"Teacher cache: all of {size / 1e6:.1f} MB found in {self.path}")
+                print(f"Teacher cache: all of {size / 1e6:.1f} MB found in {path}")
             self.whole = bytearray(found)
             self.marks = None if all(found) else os.open(whole, os.O_RDWR)
-            self.file = os.open(self.path, os.O_RDONLY if all(found) else os.O_RDWR)
+            self.file = os.open(path, os.O_RDONLY if all(found) else os.O_RDWR)
         except OSError as error:
-            raise ValueError(
+            raise InputError(
                 f"--teacher-cache must be a folder with {size / 1e6:.1f} MB to write to, got "
-                f"{folder}: {error}"
+                f"{path.parent}: {describe(error)}"
             ) from error
-        count = size // self.dtype.itemsize
-        stored = torch.from_file(str(self.path), shared=False, size=count, dtype=self.dtype)
-        self.embeddings = stored.view(len(rows), *self.shape)
+        numbers = size // dtype.itemsize
+        stored = torch.from_file(str(path), shared=False, size=numbers, dtype=dtype)
+        self.embeddings = stored.view(count, *self.shape)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
@@ -104,8 +103,9 @@ class CachedEncoder:
     def write(self, index: list[int], embeddings: Tensor) -> None:
         """Write embeddings, wait until they are on the disk, and then mark them as whole."""
         rounded = embeddings.to(self.dtype).cpu().contiguous()
-        if embeddings.isfinite().all() and not rounded.isfinite().all():
-            raise ValueError(f"The teacher's embeddings leave the range of {self.dtype}: bfloat16?")
+        if not rounded.isfinite().all():
+            option = "--cache-dtype" if embeddings.isfinite().all() else "--precision"
+            raise InputError(f"{option} cannot hold the teacher's embeddings; take bfloat16")
         for i, embedding in zip(index, rounded, strict=True):
             os.pwrite(self.file, embedding.view(torch.uint8).numpy(), i * self.bytes)
         os.fsync(self.file)
@@ -114,15 +114,20 @@ class CachedEncoder:
             self.whole[i] = 1
 
 
-def key(teacher: Segmenter, rows: list[Row], dtype: str, precision: str) -> str:
-    """Return a name that changes with anything that the embeddings depend on."""
+def key(teacher: Segmenter, images: list[str], *others: object) -> str:
+    """Return a name that changes with anything that the embeddings depend on.
+
+    Args:
+        teacher: Its weights and its preprocessing count.
+        images: The digests of the files, in the order of the rows.
+        others: How the files are read, the precision in which the teacher runs, and the dtype on
+            disk.
+    """
     state = hashlib.sha256()
-    state.update(repr((teacher.frame, dtype, precision, torch.__version__)).encode())
+    state.update(repr((teacher.frame, images, others, torch.__version__)).encode())
     for name, value in sorted(teacher.state_dict().items()):
         state.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         state.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    for row in rows:
-        state.update(digest(row.image).encode())
     return state.hexdigest()[:32]
 
 

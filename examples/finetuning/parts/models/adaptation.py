@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from parts.segmenter import Segmenter
-
-METHODS = ("lora", "lora-heads", "adapter", "bitfit", "decoder")
+from parts.errors import InputError
+from parts.models.segmenter import Segmenter
 
 
 class Adapter(nn.Module):
@@ -131,7 +130,7 @@ def adapt(student: Segmenter, method: str, *, rank: int = 4, targets: list[str])
 
     Args:
         student: The model with its pre-trained weights, changed in place.
-        method: One of `METHODS`.
+        method: One of `METHODS` of the options.
         rank: Rank of LoRA; its alpha is the same.
         targets: Names of the layers that get LoRA. `["qkv"]` is every attention of SAM and SAM2.
 
@@ -139,7 +138,7 @@ def adapt(student: Segmenter, method: str, *, rank: int = 4, targets: list[str])
         A report of what trains.
 
     Raises:
-        ValueError: If the method finds nothing to train in the encoder.
+        InputError: If the method finds nothing to train in the encoder.
     """
     student.requires_grad_(False)
     add = {
@@ -153,7 +152,7 @@ def adapt(student: Segmenter, method: str, *, rank: int = 4, targets: list[str])
     if matched == 0:
         layers = student.encoder.named_modules()
         linear = sorted({n.split(".")[-1] for n, layer in layers if isinstance(layer, nn.Linear)})
-        raise ValueError(
+        raise InputError(
             f"{method} must match something in the image encoder, got targets {targets} and no "
             f"match. Its linear layers are called {', '.join(linear)}."
         )
@@ -186,7 +185,7 @@ def load_trainable_state(module: nn.Module, state: dict[str, Tensor]) -> None:
     """Load what `trainable_state` returned into a module that was adapted in the same way."""
     own = trainable_state(module)
     if own.keys() != state.keys():
-        raise ValueError(
+        raise InputError(
             f"the saved weights must be those that train, {len(own)}, got {len(state)}. Was the "
             "model adapted in the same way?"
         )

@@ -35,7 +35,8 @@ class Frame:
         if not self.keep_aspect:
             return self.size, self.size
         scale = self.size / max(height, width)
-        return int(height * scale + 0.5), int(width * scale + 0.5)
+        # A strip of a few pixels by thousands keeps a row.
+        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
     def image(self, rgb: NDArray[np.uint8]) -> Tensor:
         """Return the normalised picture, (H, W, 3) to (3, size, size)."""

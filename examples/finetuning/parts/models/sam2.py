@@ -9,12 +9,10 @@ from sam2.build_sam import build_sam2
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor, nn
 
-from parts.frame import Frame
-from parts.prompts import Prompts
-from parts.segmenter import Segmenter, load_weights
+from parts.data.frame import Frame
+from parts.data.prompts import Prompts
+from parts.models.segmenter import Segmenter, load_weights
 
-SIZES = ("t", "s", "b+", "l")
-MODELS = (*(f"{v}_hiera_{size}" for v in ("sam2.1", "sam2") for size in SIZES), "tiny")
 TINY = [  # what makes sam2.1_hiera_t small enough for a laptop
     "++model.image_size=256",
     "++model.num_maskmem=0",

@@ -8,12 +8,10 @@ from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
-from parts.frame import Frame
-from parts.prompts import Prompts
-from parts.segmenter import Segmenter, load_weights
-from parts.tiny_sam import build_tiny_sam, decode
-
-MODELS = ("vit_b", "vit_l", "vit_h", "tiny")
+from parts.data.frame import Frame
+from parts.data.prompts import Prompts
+from parts.models.segmenter import Segmenter, load_weights
+from parts.models.tiny_sam import build_tiny_sam, decode
 
 
 class SegmentAnything(Segmenter):

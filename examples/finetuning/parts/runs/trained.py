@@ -3,73 +3,64 @@
 from __future__ import annotations
 
 import argparse
-from importlib import import_module
 from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch import nn
 
-from parts import checkpoint
-from parts.adaptation import HeadLoRA, adapt, add_adapters
-from parts.segmenter import Segmenter
+from parts.errors import InputError
+from parts.files import appearing
+from parts.models.adaptation import HeadLoRA, adapt, add_adapters
+from parts.models.segmenter import Segmenter, build, check_finite
+from parts.runs import checkpoint
+from parts.runs.folder import STUDENT, TEACHER, check_weights, read_options
 
-PATHS = {"checkpoint", "teacher_checkpoint", "data", "images", "masks"}
 
-
-def load_run(folder: Path, epoch: int | None = None) -> tuple[Segmenter, argparse.Namespace]:
+def load_run(
+    folder: Path, epoch: int | None = None, given: argparse.Namespace | None = None
+) -> tuple[Segmenter, argparse.Namespace]:
     """Return the student of a run in eval mode, and the options of the run.
 
     Args:
         folder: The `--output` of a fine-tuning script.
         epoch: The epoch after which the student is wanted, or 0 for the pre-trained model. By
             default it is the one with the best validation IoU so far.
+        given: Where data and weights are now, as `add_moved` of the options has it.
 
     Raises:
-        ValueError: If the folder holds no run, or no checkpoint of that epoch.
+        InputError: If the folder holds no run, or no checkpoint of that epoch, or if the weights
+            that the run started from are not there.
     """
-    path, last = folder / "options.json", checkpoint.latest(folder)
-    if not path.exists() or last is None:
-        raise ValueError(f"{folder} must hold a run with a checkpoint")
-    options = read_options(folder)
+    options = read_options(folder, given)
+    last = checkpoint.latest(folder)
+    if last is None:
+        raise InputError(f"{folder} must hold a run with a checkpoint")
     if epoch is None:
-        state = torch.load(last / "state.pt", map_location="cpu", weights_only=True)
-        epoch = state["best"]["epoch"]
+        epoch = checkpoint.load_state(last)["best"]["epoch"]
     weights = checkpoint.epoch_folder(folder, epoch)
     if epoch and not weights.exists():
-        raise ValueError(f"{folder} must hold the checkpoint of epoch {epoch}, there is none")
+        raise InputError(f"{folder} must hold the checkpoint of epoch {epoch}, there is none")
+    check_weights(options, STUDENT)
     # The weights of a small model without a checkpoint are those that this seed draws.
     set_seed(options.seed)
-    student = build(options.package, options.model, getattr(options, "checkpoint", None))
+    student = build(options.package, options.model, options.checkpoint)
     if epoch:
         adapt(student, options.method, rank=options.rank, targets=options.targets)
         checkpoint.load_weights(weights, {"student": student})
     return student.eval().requires_grad_(False), options
 
 
-def load_teacher(folder: Path) -> Segmenter:
-    """Return the teacher of a run, which is in the given folder, in eval mode."""
-    options = read_options(folder)
-    if getattr(options, "teacher", None) is None:
-        return load_run(folder, 0)[0]
+def load_teacher(folder: Path, given: argparse.Namespace | None = None) -> Segmenter:
+    """Return the teacher of a run in eval mode; the arguments are those of `load_run`."""
+    options = read_options(folder, given)
+    if options.teacher is None:
+        return load_run(folder, 0, given)[0]
+    check_weights(options, TEACHER)
     teacher = build(options.package, options.teacher, options.teacher_checkpoint)
     return teacher.eval().requires_grad_(False)
-
-
-def read_options(folder: Path) -> argparse.Namespace:
-    """Return the options of a run; those that are paths come as `Path`."""
-    options = argparse.Namespace(**checkpoint.read_json(folder / "options.json"))
-    for name in PATHS & vars(options).keys():
-        value = getattr(options, name)
-        setattr(options, name, None if value is None else Path(value))
-    return options
-
-
-def build(package: str, name: str, weights: Path | None) -> Segmenter:
-    """Return a model before it is adapted; `package` is the file that builds it."""
-    module = import_module(f"parts.{package}")
-    return module.build(name) if package == "huggingface" else module.build(name, weights)
 
 
 def merge_lora(model: nn.Module) -> None:
@@ -93,13 +84,21 @@ def export(student: Segmenter, options: argparse.Namespace, path: Path) -> None:
         path: A file that `sam_model_registry` or `build_sam2` loads, or a folder that
             `from_pretrained` loads. A student with adapters has another architecture; what is
             written of it is loaded by `load_adapters`.
+
+    Raises:
+        InputError: If the path exists.
+        OSError: If the disk is full or cannot be written to. Nothing has the name then.
     """
     merge_lora(student.model)
-    if options.package == "huggingface":
-        student.model.save_pretrained(path)
-        return
-    state = student.model.state_dict()
-    torch.save({"model": state} if options.package == "sam2" else state, path)
+    check_finite(student.model.state_dict(), "the student must have finite weights")
+    with appearing(path) as place:
+        if options.package == "huggingface":
+            from parts.models import huggingface
+
+            huggingface.export(student.model, options.model, place)
+            return
+        state = student.model.state_dict()
+        checkpoint.save_torch({"model": state} if options.package == "sam2" else state, place)
 
 
 def load_adapters(model: nn.Module, path: Path) -> nn.Module:
@@ -119,14 +118,12 @@ def load_adapters(model: nn.Module, path: Path) -> nn.Module:
     encoder = model.vision_encoder if hasattr(model, "vision_encoder") else model.image_encoder
     add_adapters(encoder)
     if path.is_dir():
-        from safetensors.torch import load_file
-
         # Tied weights are in the file under one of their names, so that the others are missing.
         missing, unexpected = model.load_state_dict(
             load_file(path / "model.safetensors"), strict=False
         )
         if unexpected or any("adapter" in name for name in missing):
-            raise ValueError(f"{path} must hold a model of this size with adapters")
+            raise InputError(f"{path} must hold a model of this size with adapters")
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state.get("model", state))

@@ -1,15 +1,19 @@
-"""What the scripts ask of a model, whichever package it is from."""
+"""What the programs ask of a model, whichever package it is from."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from parts.frame import Frame
-from parts.prompts import Prompts
+from parts.data.frame import Frame
+from parts.data.prompts import Prompts
+from parts.errors import InputError, first_line
 
 
 class Segmenter(nn.Module):
@@ -58,10 +62,27 @@ class Segmenter(nn.Module):
         return self.decode(self.encode(images), prompts)
 
 
+def build(package: str, name: str, weights: Path | None) -> Segmenter:
+    """Return a model before it is adapted.
+
+    Args:
+        package: The file beside this one that builds it.
+        name: What the package calls it.
+        weights: Its official checkpoint. Without one, the weights are random, unless the name is
+            that of a folder, which holds them.
+    """
+    if weights is None and not Path(name).is_dir():
+        print(
+            f"Warning: without a checkpoint, {name} has random weights. Its results say no more "
+            "than that everything works."
+        )
+    return import_module(f"parts.models.{package}").build(name, weights)
+
+
 def check_teacher(teacher: Segmenter, student: Segmenter) -> None:
-    """Raise `ValueError` if the two do not see the same input, or if they cannot be compared."""
+    """Raise `InputError` if the two do not see the same input, or if they cannot be compared."""
     if (teacher.frame, teacher.dim) != (student.frame, student.dim):
-        raise ValueError(
+        raise InputError(
             f"--teacher must take pictures and have channels as --model does, {student.frame} and "
             f"{student.dim}, got {teacher.frame} and {teacher.dim}"
         )
@@ -77,24 +98,22 @@ def load_weights(model: nn.Module, checkpoint: Path, name: str, key: str | None 
         key: The entry of the file under which the weights may be.
 
     Raises:
-        ValueError: If the file is missing, damaged, or of another model.
+        InputError: If the file is missing, damaged, of another model, or if it holds weights that
+            are not finite.
     """
     try:
         if checkpoint.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             weights: Any = load_file(checkpoint)
         else:
             weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:  # each kind of damage raises an exception of its own type
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(
-            f"--checkpoint must be a readable file, got {checkpoint}: {first}"
+        raise InputError(
+            f"--checkpoint must be a readable file, got {checkpoint}: {first_line(error)}"
         ) from error
     if key is not None and isinstance(weights, dict):
         weights = weights.get(key, weights)
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-        raise ValueError(f"--checkpoint must hold named tensors, got {checkpoint}")
+        raise InputError(f"--checkpoint must hold named tensors, got {checkpoint}")
 
     expected = {key: value.shape for key, value in model.state_dict().items()}
     found = {key: getattr(value, "shape", None) for key, value in weights.items()}
@@ -103,9 +122,19 @@ def load_weights(model: nn.Module, checkpoint: Path, name: str, key: str | None 
     reshaped = sorted(k for k in expected.keys() & found.keys() if expected[k] != found[k])
     if missing or unexpected or reshaped:
         examples = ", ".join([*reshaped[:2], *missing[:2], *unexpected[:2]])
-        raise ValueError(
+        raise InputError(
             f"--checkpoint must be of {name}, got {checkpoint}: {len(missing)} weights missing, "
             f"{len(unexpected)} unexpected, {len(reshaped)} of another shape ({examples}). "
             "Is it of another size?"
         )
+    check_finite(weights, f"--checkpoint must hold finite weights, got {checkpoint}")
     model.load_state_dict(weights)
+
+
+def check_finite(weights: Mapping[str, Tensor], message: str) -> None:
+    """Raise `InputError` with a message if a weight is not finite, and name the first of them."""
+    wrong = [name for name, value in weights.items() if not value.isfinite().all()]
+    if wrong:
+        raise InputError(
+            f"{message}: {len(wrong)} of {len(weights)} tensors are not finite ({wrong[0]})"
+        )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from parts.data import Batch
-from parts.metrics import dice_and_iou
-from parts.prompts import Prompts, draw_points
-from parts.segmenter import Segmenter
+from parts.data.batches import Batch
+from parts.data.prompts import Prompts, draw_points
+from parts.evaluation.metrics import dice_and_iou
+from parts.models.segmenter import Segmenter
 
 
 @torch.no_grad()
@@ -21,6 +22,7 @@ def predictions(
     """Yield index, mask logits (H, W) and truth (H, W) of each image.
 
     The logits are scaled to the size of the image in the same way as by the model's own predictor.
+    Where values of the mask are ignored, they are -inf, so that prediction and truth agree.
 
     Args:
         model: The model that segments.
@@ -32,8 +34,11 @@ def predictions(
     model.eval()
     for batch in batches:
         logits = model(batch.images, fixed_prompts(prompts, points, batch))
-        for index, image_logits, truth in zip(batch.index, logits, batch.truths, strict=True):
-            yield index, model.frame.restore(image_logits, *truth.shape), truth
+        for index, low, truth, known in zip(
+            batch.index, logits, batch.truths, batch.known, strict=True
+        ):
+            restored = model.frame.restore(low, *truth.shape)
+            yield index, restored.masked_fill(~known, -math.inf), truth
     model.train(was_training)
 
 

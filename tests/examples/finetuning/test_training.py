@@ -1,13 +1,13 @@
-"""The fine-tuning scripts as a user runs them, on small models and a generated data set."""
+"""Training with every method on every package, in half precision, with a cache, on processes."""
 
 import csv
 import importlib
 import json
 import math
-import shlex
-import shutil
 import subprocess
 import sys
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,25 +18,30 @@ from finetuning_runs import (
     FAST_METHODS,
     FINETUNING,
     LEARNING_RATES,
+    WEIGHTS,
     assert_same_run,
+    assert_tensorboard_has_the_tables,
     combinations,
     make_data,
+    outcome,
     rows,
     run,
     training_options,
     weights,
 )
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import evaluate
-import finetune_sam
-from parts import checkpoint, evaluation
-from parts.adaptation import METHODS, adapt
-from parts.data import MaskedImages, collate, read_tables
-from parts.logbook import Logbook
-from parts.options import parse
-from parts.trained import load_run
+from parts.data.batches import MaskedImages, collate
+from parts.data.tables import Row, read_tables
+from parts.errors import InputError
+from parts.evaluation import scores
+from parts.models import segmenter
+from parts.models.adaptation import adapt
+from parts.options import METHODS
+from parts.runs.trained import load_run
+from parts.training import loop
+from parts.training.logbook import Logbook, keep_until
 from renyi_kd import InfoSAMTerms
 
 # What is saved of an encoder has these names.
@@ -98,16 +103,6 @@ def test_tensorboard_has_the_figures_of_the_table(trained) -> None:
     assert_tensorboard_has_the_tables(trained("sam", "lora"))
 
 
-def assert_tensorboard_has_the_tables(output: Path) -> None:
-    events = EventAccumulator(str(output / "tensorboard"))
-    events.Reload()
-    for name in ("training", "validation"):
-        table = rows(output, name)
-        for key in table[0].keys() - {"step"}:
-            found = [(event.step, event.value) for event in events.Scalars(f"{name}/{key}")]
-            assert found == [(row["step"], pytest.approx(row[key], rel=1e-6)) for row in table]
-
-
 def listed_again(data: Path, folder: Path, splits: dict[str, list[int]]) -> Path:
     """Return a data set of rows of another, which may occur several times."""
     folder.mkdir()
@@ -137,34 +132,75 @@ def test_accumulation_and_precision(trained, data: Path, tmp_path: Path, capsys)
     assert half["structure"] == pytest.approx(single["structure"], rel=0.05)
 
 
-class Bar(list):
-    """A progress bar that keeps the warnings."""
+@pytest.fixture
+def log(tmp_path: Path) -> Callable[..., Logbook]:
+    """Return a function that makes a logbook of two epochs of three batches."""
+    logs = []
 
-    said: str = ""
+    def make(**others: bool) -> Logbook:
+        options = Namespace(output=tmp_path, epochs=2, log_every=2, batch_size=2, processes=1)
+        rows = [Row(Path(f"{i}.jpg"), Path(f"{i}.png"), str(i)) for i in range(6)]
+        logs.append(Logbook(options, rows, batches=3, **others))
+        return logs[-1]
 
-    def write(self, text: str) -> None:
-        self.said += text
-
-    def set_postfix(self, shown: dict[str, str]) -> None:
-        pass
+    yield make
+    for each in logs:
+        each.close()
 
 
-def test_means_of_several_batches_share_a_row(tmp_path: Path) -> None:
+def figures(value: float) -> tuple[torch.Tensor, InfoSAMTerms]:
+    terms = torch.tensor(value)
+    return terms**2, InfoSAMTerms(*[terms] * len(InfoSAMTerms._fields))
+
+
+def test_means_of_several_batches_share_a_row(log, tmp_path: Path, capsys) -> None:
     """Two batches to a row, and at the end of an epoch what is left."""
-    options = ["--data", "data", "--output", str(tmp_path), "--log-every", "2"]
-    options = parse("", ["--model", "tiny", *options], "sam", ["tiny"])
-    options.processes = 1
-    log, bar = Logbook(options, step=0), Bar(range(3))
-    for value in map(torch.tensor, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]):
-        terms = InfoSAMTerms(*[value] * len(InfoSAMTerms._fields))
-        log.training(bar, value**2, terms, learning_rate=0.1)
+    book = log()
+    for value in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0):
+        book.training([0, 1], *figures(value), learning_rate=0.1)
     found = rows(tmp_path)
     assert [row["step"] for row in found] == [2, 3, 5, 6]
     assert [row["structure"] for row in found] == [2.5, 9, 20.5, 36]
     assert [row["infosam"] for row in found] == [1.5, 3, 4.5, 6]
     assert [row["loss"] for row in found] == [4, 12, 25, 42]
-    assert bar.said == ""
-    log.tensorboard.close()
+    book.close()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    bar = captured.err.replace("\n", "\r").split("\r")
+    assert all(len(line) <= 80 for line in bar)
+    assert any("epoch 2/2: 100%" in line and "6/6" in line for line in bar)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("silent", [False, True])
+def test_the_first_loss_that_is_not_finite_is_named(value: float, silent: bool, log) -> None:
+    book = log(silent=silent)
+    for right in (1.0, 2.0, 3.0):
+        book.training([0, 1], *figures(right), learning_rate=0.1)
+    book.training([4, 5], *figures(value), learning_rate=0.1)
+    with pytest.raises(InputError, match="structure loss of epoch 2, batch 1, is") as error:
+        book.training([2, 3], *figures(value), learning_rate=0.1)
+    assert str(error.value).endswith("4.jpg, 5.jpg")
+
+
+def test_a_scaler_may_skip_as_many_steps_as_it_can_halve(log) -> None:
+    """It starts at 2 ** 16. A step that is not skipped starts the count again."""
+    book = log(scaled=True)
+    book.options.log_every = 1
+    for value in [math.inf] * 16 + [1.0] + [math.inf] * 16:
+        book.training([0, 1], *figures(value), learning_rate=0.1)
+    with pytest.raises(InputError, match="batch 1, is inf, and before it 16 others"):
+        book.training([2, 3], *figures(math.inf), learning_rate=0.1)
+
+
+def test_rows_of_later_batches_are_removed_from_two_tables(tmp_path: Path) -> None:
+    table = tmp_path / "training.csv"
+    table.write_text("step,loss\n2,1.0\n3,2.0\n5,3.0\n6,4")  # the last row was cut short
+    keep_until(table, 3)
+    assert table.read_text() == "step,loss\n2,1.0\n3,2.0\n"
+    keep_until(table, 1)
+    assert not table.exists()
+    keep_until(table, 1)
 
 
 def test_infosam_acts_on_the_student(trained, data: Path, tmp_path: Path) -> None:
@@ -204,16 +240,15 @@ def test_with_a_teacher_cache(family: str, trained, data: Path, tmp_path: Path, 
 def test_a_larger_teacher(data: Path, tmp_path: Path, monkeypatch) -> None:
     built = []
 
-    def build(name, checkpoint):
-        model = tiny(name if name == "tiny" else "tiny", checkpoint if name == "tiny" else None)
+    def build(package: str, name: str, checkpoint: Path | None):
+        model = segmenter.build(package, "tiny", checkpoint if name == "tiny" else None)
         if name == "vit_l":
             model.model.image_encoder.blocks.append(model.model.image_encoder.blocks[0])
         built.append(model)
         return model
 
-    tiny = finetune_sam.build
-    monkeypatch.setattr(finetune_sam, "build", build)
-    options = ["--teacher", "vit_l", "--teacher-checkpoint", "unused", "--epochs", 1]
+    monkeypatch.setattr(loop, "build", build)
+    options = ["--teacher", "vit_l", "--teacher-checkpoint", WEIGHTS, "--epochs", 1]
     run("sam", data, tmp_path / "run", *options)
     _, teacher = built
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -250,134 +285,8 @@ def test_folders_instead_of_tables(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="not those of the run"):
         evaluate.main([str(tmp_path / "run")])
     (tmp_path / "run" / "result.json").unlink()
-    with pytest.raises(SystemExit, match="the same images for training"):
+    with pytest.raises(SystemExit, match="not those of the run"):
         main([*model, *map(str, options), "--resume"])
-
-
-# --- stop and resume -----------------------------------------------------------------------------
-
-# What strikes in the second epoch: a function, and what is done before it is called.
-FAILURES = {
-    "killed in a batch": "before(Logbook, 'training', lambda log, *_: log.step == 2 and kill())",
-    "killed while writing weights": "before(checkpoint, 'save_file', half)",
-    "killed while writing the state": "before(torch, 'save', half)",
-    "killed before the rename": "before(Path, 'rename', lambda _, to: second(to) and kill())",
-    "killed after the rename": "before(checkpoint, 'sync', lambda path: renamed(path) and kill())",
-    "full disk": "before(Logbook, 'validation', lambda _, epoch, *__: epoch == 2 and limit())",
-}
-PREAMBLE = """
-import os, resource, runpy, signal, sys
-from pathlib import Path
-sys.path.insert(0, {finetuning!r})
-import torch
-from parts import checkpoint
-from parts.logbook import Logbook
-
-def before(owner, name, strike):
-    function = getattr(owner, name)
-    def both(*args, **kwargs):
-        strike(*args)
-        return function(*args, **kwargs)
-    setattr(owner, name, both)
-
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def second(path):
-    return "epoch-002" in str(path)
-
-def renamed(path):
-    return (path / "epoch-002").exists()
-
-def half(content, path):
-    if second(path):
-        Path(path).write_bytes(b"half")
-        kill()
-
-def limit():  # as a full disk: writing goes so far and no further
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-
-"""
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(data: Path, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("uninterrupted") / "run"
-    subprocess.run(command(data, output), check=True, capture_output=True)
-    return output
-
-
-def command(data: Path, output: Path, *options: str, failure: str = "") -> list[str]:
-    script, *model = FAMILIES["sam"]
-    code = PREAMBLE.format(finetuning=str(FINETUNING)) + failure
-    code += f"\nrunpy.run_path({str(FINETUNING / f'{script}.py')!r}, run_name='__main__')"
-    common = ["--data", str(data), "--output", str(output), "--epochs", "3", "--threads", "1"]
-    common += ["--log-every", "1", "--workers", "1", "--batch-size", "2", *options]
-    return [sys.executable, "-c", code, *model, *common]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("failure", FAILURES)
-def test_killed_and_resumed(failure: str, uninterrupted: Path, data: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    process = subprocess.run(
-        command(data, output, failure=FAILURES[failure]),
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    if failure == "full disk":
-        assert process.returncode == 1
-        assert "File too large" in process.stderr
-        assert not list(output.glob("*.unfinished"))
-    else:
-        assert process.returncode == -9, process.stderr
-    survived = {"epoch-001"} | ({"epoch-002"} if failure == "killed after the rename" else set())
-    assert {path.name for path in output.glob("epoch-???")} == survived
-    for key, value in weights(uninterrupted / "epoch-001").items():
-        assert torch.equal(value, weights(output / "epoch-001")[key])
-
-    resumed = subprocess.run(
-        command(data, output, "--resume"), check=False, capture_output=True, text=True
-    )
-    assert resumed.returncode == 0, resumed.stderr
-    assert f"resumed after epoch {len(survived)}" in resumed.stdout
-    assert_same_run(uninterrupted, output, "epoch-003")
-    assert_tensorboard_has_the_tables(output)
-    assert not list(output.glob("*.unfinished"))
-
-
-def stop_and_resume(family: str, data: Path, output: Path, options: list[object]) -> None:
-    """Train, but stop after the first epoch and go on from its checkpoint."""
-    save = checkpoint.save
-
-    def save_and_stop(*args) -> None:
-        save(*args)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(family, data, output, *options)
-    torch.manual_seed(99)  # nothing of this process is to be needed
-    run(family, data, output, *options, "--resume")
-
-
-def test_resumed_run_is_the_uninterrupted_one(trained, data: Path, tmp_path: Path) -> None:
-    family = "transformers-sam"  # of random weights, which have to be those of the first time
-    options = training_options(family, FAST_METHODS[family])
-    stop_and_resume(family, data, tmp_path / "run", options)
-    assert_same_run(trained(family, FAST_METHODS[family]), tmp_path / "run", "epoch-002")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_resumed_with_rows_of_several_batches(family: str, data: Path, tmp_path: Path) -> None:
-    options = ["--epochs", 2, "--log-every", 3]  # a row is not to reach over the epochs' border
-    run(family, data, tmp_path / "whole", *options)
-    stop_and_resume(family, data, tmp_path / "parts", options)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts", "epoch-002")
 
 
 @pytest.mark.slow
@@ -401,8 +310,8 @@ def test_four_processes_train_what_one_loads(tmp_path: Path, capsys) -> None:
     student, _ = load_run(tmp_path / "run", result["validation"]["epoch"])
     images = MaskedImages(read_tables(data)["test"], student.frame)
     batches = [collate([images[i]]) for i in range(len(images))]
-    scores = evaluation.evaluate(student, batches, "boxes", 1)
-    assert scores == pytest.approx(result["test"], abs=1e-6)
+    found = scores.evaluate(student, batches, "boxes", 1)
+    assert found == pytest.approx(result["test"], abs=1e-6)
 
     (tmp_path / "run" / "result.json").unlink()
     refused = outcome(data, tmp_path / "run", capsys, *options, "--batch-size", 2, "--resume")
@@ -424,72 +333,7 @@ def test_trainable_parameters_of_the_released_sizes(
 ) -> None:
     # Weights without values are fast. Those of sam2 need some, as it moves them to a device.
     with torch.device("meta" if package == "sam" else "cpu"):
-        student = importlib.import_module(f"parts.{package}").build(name, None)
+        student = importlib.import_module(f"parts.models.{package}").build(name, None)
         report = adapt(student, method, targets=["qkv"])
     assert sum(p.numel() for p in student.encoder.parameters() if p.requires_grad) == count
     assert f"{count:,}" in report
-
-
-def test_documented_commands_parse() -> None:
-    text = (FINETUNING / "README.md").read_text().replace("\\\n", " ")
-    commands = [line for line in text.splitlines() if line.startswith(".venv/bin/")]
-    parsed = 0
-    for line in commands:
-        words = shlex.split(line, comments=True)
-        files = [word for word in words if word.startswith("examples/")]
-        assert files
-        assert all((FINETUNING.parents[1] / file).is_file() for file in files), line
-        script, *arguments = words[words.index(files[0]) :]
-        if Path(script).name.startswith("finetune_"):
-            models = getattr(importlib.import_module(Path(script).stem), "MODELS", ())
-            parse("", arguments, "", models)
-            parsed += 1
-    assert parsed >= 14
-
-
-# --- held wrong ----------------------------------------------------------------------------------
-
-
-def outcome(data: Path, output: Path, capsys, *options: object) -> str:
-    with pytest.raises(SystemExit) as exit_info:
-        run("sam", data, output, *options)
-    return f"{exit_info.value}{capsys.readouterr().err}"
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--batch-size", 1], "--batch-size must be at least 2"),
-        (["--batch-size", 16], "--batch-size must be at most the number of training images, 4"),
-        (["--images", "somewhere", "--masks", "elsewhere"], "either --data or both"),
-        (["--images", "somewhere"], "either --data or both"),
-        (["--epochs", 0], "must be at least 1, got 0"),
-        (["--model", "vit_l", "--teacher", "vit_h"], "--teacher-checkpoint is needed for vit_h"),
-        (["--targets", "query"], "linear layers are called lin1, lin2, proj, qkv"),
-        (["--precision", "fp16", "--cpu"], "fp16"),
-        (["--alpha", -1], "alpha"),
-        (["--checkpoint", "nowhere.pth"], "--checkpoint must be a readable file"),
-        (["--model", "vit_b"], "--checkpoint must be of vit_b"),
-        (["--test-table", "test_other.csv"], "test_other.csv"),
-    ],
-)
-def test_wrong_options(
-    options: list[object], message: str, data: Path, tmp_path: Path, capsys
-) -> None:
-    assert message in outcome(data, tmp_path / "run", capsys, *options)
-    assert not (tmp_path / "run").exists()  # so that the next attempt may use the name
-
-
-def test_wrong_outputs(trained, data: Path, tmp_path: Path, capsys) -> None:
-    full = tmp_path / "full"
-    full.mkdir()
-    (full / "notes.txt").touch()
-    assert "must be a new or empty folder" in outcome(data, full, capsys)
-
-    finished, options = trained("sam", "lora"), training_options("sam", "lora")
-    assert "holds a finished run" in outcome(data, finished, capsys, *options, "--resume")
-    stopped = shutil.copytree(finished, tmp_path / "stopped")
-    (stopped / "result.json").unlink()
-    assert "Go on with --resume" in outcome(data, stopped, capsys, *options)
-    changed = outcome(data, stopped, capsys, *options, "--epochs", 3, "--lr", 1, "--resume")
-    assert "--epochs was 2, is 3; --lr was 0.001, is 1.0" in changed

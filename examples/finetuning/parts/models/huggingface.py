@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    PreTrainedModel,
     Sam2Config,
     Sam2HieraDetConfig,
     Sam2Model,
+    Sam2VideoModel,
     Sam2VisionConfig,
     SamConfig,
     SamModel,
 )
 
-from parts.frame import Frame
-from parts.prompts import Prompts
-from parts.segmenter import Segmenter
+from parts.data.frame import Frame
+from parts.data.prompts import Prompts
+from parts.errors import InputError, first_line
+from parts.models.adaptation import Adapter, add_adapters
+from parts.models.segmenter import Segmenter, check_finite
+from parts.options import SMALL_TRANSFORMERS
 
-TINY = ("tiny-sam", "tiny-sam2")
+VIDEO = "sam2_video"
 # Deviation of random weights. The usual 0.02 hardly lets a signal through models so narrow.
 SPREAD = 0.1
 
@@ -76,13 +83,14 @@ class HuggingFaceSAM(Segmenter):
         return output.pred_masks[:, 0, 0]
 
 
-def build(name: str) -> HuggingFaceSAM:
+def build(name: str, _: None = None) -> HuggingFaceSAM:
     """Return the model that is saved in the folder `name`, or a small one of random weights.
 
     Raises:
-        ValueError: If the folder holds no SAM or SAM2, or not all of its weights.
+        InputError: If the folder holds no SAM or SAM2, not all of its weights, or some that are not
+            finite.
     """
-    if name in TINY:
+    if name in SMALL_TRANSFORMERS:
         model = tiny_sam() if name == "tiny-sam" else tiny_sam2()
     else:
         model = load(Path(name))
@@ -101,29 +109,75 @@ def build(name: str) -> HuggingFaceSAM:
 def load(folder: Path) -> SamModel | Sam2Model:
     """Return the model of a folder as `save_pretrained` writes it, or as it is on the hub."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"--model must be {', '.join(TINY)} or a model's folder, got {folder}")
-    try:
-        kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
-    except (OSError, ValueError) as error:
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"--model must hold a readable config, got {folder}: {first}") from error
-    types = {"sam": SamModel, "sam2": Sam2Model, "sam2_video": Sam2Model}
+        names = ", ".join(SMALL_TRANSFORMERS)
+        raise InputError(f"--model must be {names} or a model's folder, got {folder}")
+    kind = model_type(folder)
+    types = {"sam": SamModel, "sam2": Sam2Model, VIDEO: Sam2Model}
     if kind not in types:
-        raise ValueError(f"--model must be a SAM or SAM2, got {folder} with a {kind}")
-    try:
-        model, loading = types[kind].from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
-        )
-    except Exception as error:  # each kind of damage raises an exception of its own type
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"--model must hold readable weights, got {folder}: {first}") from error
+        raise InputError(f"--model must be a SAM or SAM2, got {folder} with a {kind}")
+    model, loading = pretrained(types[kind], folder)
     wrong = [*loading["missing_keys"], *loading["mismatched_keys"]]
     if wrong:
-        raise ValueError(
+        raise InputError(
             f"--model must hold all weights of its config.json, got {folder}: {len(wrong)} are "
             f"missing or of another shape ({wrong[0]})"
         )
+    check_finite(model.state_dict(), f"--model must hold finite weights, got {folder}")
     return model
+
+
+def model_type(folder: Path) -> str:
+    """Return what transformers calls the kind of model in a folder."""
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--model must hold a readable config, got {folder}: {first_line(error)}"
+        ) from error
+
+
+def pretrained(kind: type[PreTrainedModel], folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Return the model of a folder in float32, and which of its weights were not found."""
+    try:
+        return kind.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
+        )
+    except Exception as error:  # each kind of damage raises an exception of its own type
+        raise InputError(
+            f"--model must hold readable weights, got {folder}: {first_line(error)}"
+        ) from error
+
+
+def export(model: SamModel | Sam2Model, name: str, folder: Path) -> None:
+    """Write a trained model, and whatever else was in the folder that it came from.
+
+    Args:
+        model: The model, with LoRA merged into it.
+        name: The folder that it was loaded from, or the name of a small model.
+        folder: What `from_pretrained` loads, for videos as well if `name` did.
+    """
+    if name in SMALL_TRANSFORMERS:
+        model.save_pretrained(folder)
+        return
+    origin = Path(name)
+    if model_type(origin) == VIDEO:
+        model = with_video_parts(model, origin)
+    model.save_pretrained(folder)
+    for path in origin.glob("*.json"):  # those of the processor
+        copy = folder / path.name
+        if not copy.exists() and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, copy)
+
+
+def with_video_parts(model: Sam2Model, origin: Path) -> Sam2VideoModel:
+    """Return the model for videos of a folder, with the weights of one for images."""
+    video, _ = pretrained(Sam2VideoModel, origin)
+    video.mask_decoder.dynamic_multimask_via_stability = False
+    video.config.mask_decoder_config.dynamic_multimask_via_stability = False
+    if any(isinstance(module, Adapter) for module in model.modules()):
+        add_adapters(video.vision_encoder)
+    video.load_state_dict(video.state_dict() | model.state_dict())
+    return video
 
 
 def tiny_sam() -> SamModel:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from parts.data import Batch
+from parts.data.batches import Batch
 
 
 class Prompts(NamedTuple):

@@ -1,0 +1,1 @@
+"""What a student is worth: scores, comparisons of runs, pictures, masks for new prompts."""

@@ -1,0 +1,192 @@
+"""Scores of several runs side by side, and their spread over seeds."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from parts.data.batches import MaskedImages, collate
+from parts.data.check import Report, read_data
+from parts.data.reading import reading_of
+from parts.data.tables import Row, Splits
+from parts.evaluation.metrics import image_scores
+from parts.evaluation.scores import predictions
+from parts.files import appearing, refuse_existing
+from parts.options import next_command
+from parts.runs.folder import check_digests, places, read_options
+from parts.runs.trained import load_run
+
+Scores = dict[str, float]
+
+
+class Asked(NamedTuple):
+    """A model to evaluate."""
+
+    name: str
+    run: Path
+    epoch: int | None  # None for the best, 0 for the model before training
+    options: argparse.Namespace
+
+
+class Found(NamedTuple):
+    """The scores of a model: those of each row, and their means."""
+
+    rows: list[tuple[Row, Scores]]
+    means: Scores
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Evaluate every run on its own data and with its own kind of prompts, print and write it.
+
+    Raises:
+        InputError: If something is where the results would be, or if a run cannot be used.
+    """
+    if arguments.output is not None:
+        refuse_existing([arguments.output])
+    asked = models(arguments)
+    read: dict[str, tuple[Splits, Report]] = {}
+    found = {model.name: evaluate(model, arguments, read) for model in asked}
+    seeds = {" ".join(names): names for names in groups_of_seeds(asked)}
+    print_table({name: model.means for name, model in found.items()}, seeds)
+    if arguments.output is not None:
+        with appearing(arguments.output) as folder:
+            folder.mkdir()
+            write(found, seeds, folder, arguments)
+        print(f"scores.json and images.csv: {arguments.output}")
+    runs = dict.fromkeys(model.run for model in asked)
+    print(next_command("pictures.py", *runs, "--output", "pictures"))
+
+
+def models(arguments: argparse.Namespace) -> list[Asked]:
+    """Return what there is to evaluate: each run once, and each model before training once."""
+    runs: dict[Path, Asked] = {}
+    for run in arguments.runs:
+        options = read_options(run, arguments)
+        options.test_table = arguments.test_table or options.test_table
+        if run.resolve() in runs:
+            print(f"{run} is the run {runs[run.resolve()].run}, and is evaluated once.")
+        runs.setdefault(run.resolve(), Asked(str(run), run, None, options))
+    before: dict[str, Asked] = {}
+    for name, run, _, options in runs.values() if arguments.pretrained else ():
+        before.setdefault(pretrained(options), Asked(f"{name} before", run, 0, options))
+    return [*runs.values(), *before.values()]
+
+
+def what_counts(options: argparse.Namespace) -> dict[str, object]:
+    """Return the options of a run, with the contents of data and weights in place of paths."""
+    content = vars(options).copy()
+    if options.digests:
+        for name in places(options):
+            content.pop(name)
+    return content | options.digests
+
+
+def pretrained(options: argparse.Namespace) -> str:
+    """Return what is the same for runs whose models before training have the same scores."""
+    names = {"package", "model", "checkpoint", "data", "test_table", "foreground", "ignore"}
+    names |= {"image_range", "eval_prompts", "eval_points", "batch_size"}
+    if options.checkpoint is None and "model" not in options.digests:
+        names.add("seed")  # which drew the weights
+    content = what_counts(options)
+    return json.dumps({name: content.get(name) for name in sorted(names)}, default=str)
+
+
+def groups_of_seeds(asked: list[Asked]) -> list[list[str]]:
+    """Return the names of runs that differ in nothing but their seeds, and in these."""
+    groups: dict[str, list[Asked]] = defaultdict(list)
+    for model in asked:
+        common = what_counts(model.options) | {"seed": None, "epoch": model.epoch}
+        groups[json.dumps(common, default=str, sort_keys=True)].append(model)
+    found = []
+    for group in groups.values():
+        firsts: dict[int, str] = {}
+        for model in group:
+            first = firsts.setdefault(model.options.seed, model.name)
+            if first != model.name:
+                print(
+                    f"{model.name} has the seed of {first}, and is left out of the mean of seeds."
+                )
+        if len(firsts) > 1:
+            found.append([*firsts.values()])
+    return found
+
+
+def evaluate(
+    asked: Asked, arguments: argparse.Namespace, read: dict[str, tuple[Splits, Report]]
+) -> Found:
+    """Return the scores of a model. Data that was checked is kept in `read` for the next."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options = asked.options
+    names = ("data", "test_table", "images", "masks", "foreground", "ignore", "image_range")
+    key = str([getattr(options, name) for name in names])
+    if key not in read:
+        read[key] = read_data(options)
+    splits, report = read[key]
+    check_digests(options.digests, {"data": report.trained_on})
+    model, _ = load_run(asked.run, asked.epoch, arguments)
+    rows = splits[arguments.split]
+    images = MaskedImages(rows, model.frame, reading_of(options))
+    loader = DataLoader(images, options.batch_size, collate_fn=collate)
+    batches = (batch.to(device) for batch in loader)
+    found = predictions(model.to(device), batches, options.eval_prompts, options.eval_points)
+    scored = [
+        (rows[index], image_scores(logits, truth, paper=arguments.paper))
+        for index, logits, truth in tqdm(found, asked.name[-30:], len(rows), ncols=80)
+    ]
+    return Found(scored, average([scores for _, scores in scored]))
+
+
+def average(scores: list[Scores]) -> Scores:
+    """Return the mean of each score."""
+    return {name: mean(score[name] for score in scores) for name in scores[0]}
+
+
+def spread(scores: list[Scores]) -> dict[str, Scores]:
+    """Return mean and standard deviation of each score over runs of several seeds."""
+    deviations = {name: stdev(score[name] for score in scores) for name in scores[0]}
+    return {"mean": average(scores), "standard deviation": deviations}
+
+
+def print_table(scores: dict[str, Scores], seeds: dict[str, list[str]]) -> None:
+    """Print all scores in percent, and below them their mean and standard deviation over seeds."""
+    width = max(map(len, scores))
+    names = [*next(iter(scores.values()))]
+    print(" " * width, *(f"{name.replace('boundary_f1_', 'BF1 '):>12}" for name in names))
+    for run, values in scores.items():
+        print(f"{run:{width}}", *(f"{100 * value:12.2f}" for value in values.values()))
+    for runs in seeds.values():
+        both = spread([scores[run] for run in runs])
+        figures = zip(*(part.values() for part in both.values()), strict=True)
+        print(f"the {len(runs)} seeds of {runs[0]}, mean ± standard deviation:")
+        print(" " * width, end=" ")
+        print(*(f"{f'{100 * m:.2f} ± {100 * s:.2f}':>12}" for m, s in figures))
+
+
+def write(
+    found: dict[str, Found],
+    seeds: dict[str, list[str]],
+    folder: Path,
+    arguments: argparse.Namespace,
+) -> None:
+    """Write all means and spreads to scores.json, and a line for each model and row to a table."""
+    scores = {name: model.means for name, model in found.items()}
+    spreads = {name: spread([scores[run] for run in runs]) for name, runs in seeds.items()}
+    result = {"split": arguments.split, "paper": arguments.paper, "runs": scores, "seeds": spreads}
+    (folder / "scores.json").write_text(json.dumps(result, indent=2) + "\n")
+    # Of a name that is no UTF-8, what cannot be written is written with escapes.
+    unicode = {"encoding": "utf-8", "errors": "backslashreplace"}
+    with (folder / "images.csv").open("w", newline="", **unicode) as file:
+        table = csv.writer(file)
+        table.writerow(["run", "row", "image", "mask", *next(iter(scores.values()))])
+        for name, model in found.items():
+            for number, (row, values) in enumerate(model.rows):
+                table.writerow([name, number, row.image, row.label, *values.values()])

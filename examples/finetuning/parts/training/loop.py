@@ -1,0 +1,179 @@
+"""The training loop, the same for every package."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from parts.data.batches import loaders
+from parts.data.check import Report, read_data
+from parts.data.prompts import draw_prompts
+from parts.data.reading import reading_of
+from parts.data.tables import Splits
+from parts.errors import InputError
+from parts.evaluation.scores import evaluate
+from parts.models.adaptation import adapt
+from parts.models.segmenter import Segmenter, build, check_teacher
+from parts.options import next_command
+from parts.runs import checkpoint
+from parts.runs.folder import Start, check_output, start, undo_start
+from parts.training.cache import teacher_encoder
+from parts.training.logbook import Logbook
+from parts.training.loss import structure_loss
+from parts.training.processes import accelerate, from_main_process
+from renyi_kd import FeatureCollector, InfoSAMDistiller
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train, save a checkpoint after each epoch, and test the one that is best in validation.
+
+    Raises:
+        InputError: If anything that was given is wrong, or if a loss or a weight is not finite. If
+            there is no checkpoint yet, everything that was written is removed.
+    """
+    accelerator = accelerate(options)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    from_main_process(check_output, options)
+    splits, report = from_main_process(read_data, options)
+    options.digests = {"data": report.trained_on}
+    if len(splits["train"]) < options.batch_size * options.processes:
+        raise InputError(
+            f"--batch-size must be at most the number of training images, {len(splits['train'])}, "
+            f"over that of processes, {options.processes}, got {options.batch_size}"
+        )
+    teacher, student = teacher_and_student(options)
+    print(adapt(student, options.method, rank=options.rank, targets=options.targets))
+    distiller = InfoSAMDistiller(
+        student.dim,
+        alpha=options.alpha,
+        compression_weight=options.compression_weight,
+        distillation_weight=options.distillation_weight,
+        process_group=torch.distributed.group.WORLD,  # None on one process
+    )
+    started = from_main_process(start, options)
+    try:
+        fit(accelerator, splits, report, teacher, student, distiller, started, options)
+    except BaseException:
+        if accelerator.is_main_process:
+            undo_start(options.output, started.made)
+        raise
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    print(f"{options.output} holds the run. {next_command('evaluate.py', options.output)}")
+
+
+def teacher_and_student(options: argparse.Namespace) -> tuple[Segmenter, Segmenter]:
+    """Return the frozen teacher, and the student before it is adapted."""
+    set_seed(options.seed)
+    student = build(options.package, options.model, options.checkpoint)
+    if options.teacher is None:
+        teacher = copy.deepcopy(student)
+    else:
+        teacher = build(options.package, options.teacher, options.teacher_checkpoint)
+        check_teacher(teacher, student)
+    return teacher.eval().requires_grad_(False), student
+
+
+def fit(
+    accelerator: Accelerator,
+    splits: Splits,
+    report: Report,
+    teacher: Segmenter,
+    student: Segmenter,
+    distiller: InfoSAMDistiller,
+    started: Start,
+    options: argparse.Namespace,
+) -> None:
+    """Train the student and the distiller, from the beginning or from a checkpoint."""
+    teacher.to(accelerator.device)
+    distiller.to(accelerator.device)
+    with accelerator.main_process_first():
+        images = [image for image, _ in report.digests["train"]]
+        encode = teacher_encoder(teacher, images, options)
+    modules = {"student": student, "distiller": distiller}
+    weights = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(weights, lr=options.lr)
+    order = torch.Generator()
+    train, val, test = loaders(
+        splits, student.frame, reading_of(options), options.batch_size, options.workers, order
+    )
+    epoch_steps = math.ceil(len(train) // options.processes / options.accumulate)
+
+    def cosine(step: int) -> float:
+        """Return a factor that falls from 1 to a tenth."""
+        return 0.55 + 0.45 * math.cos(math.pi * step / (options.epochs * epoch_steps))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
+    # The distiller is not among them, as it averages its gradients over the processes by itself.
+    # `trained` may be a wrapper around the student; what is evaluated and saved is the student.
+    trained, optimizer, train, val, test = accelerator.prepare(student, optimizer, train, val, test)
+
+    others = {"optimizer": optimizer, "schedule": schedule}
+    if accelerator.scaler is not None:
+        others["scaler"] = accelerator.scaler
+    done, best = 0, {"epoch": 0, "iou": -1.0}
+    if started.checkpoint is not None:
+        done, best = checkpoint.resume(started.checkpoint, modules, others)
+        for group in optimizer.param_groups:  # with more epochs than before, it is not what it was
+            group["lr"] = options.lr * cosine(done * epoch_steps)
+        print(f"resumed after epoch {done}")
+    log = Logbook(
+        options,
+        splits["train"],
+        len(train),
+        step=done * len(train),
+        scaled=accelerator.scaler is not None,
+        silent=not accelerator.is_main_process,
+    )
+    for epoch in range(done + 1, options.epochs + 1):
+        # The seed of an epoch depends on nothing but its number and the seed of the run. A run that
+        # is resumed therefore draws the same random numbers as one that was never stopped. Each
+        # process adds its number.
+        seed = (1000 * options.seed + epoch) % (2**32 - options.processes)
+        set_seed(seed, device_specific=True)
+        order.manual_seed(seed)
+        trained.train()
+        began = time.perf_counter()
+        with FeatureCollector(teacher) as from_teacher, FeatureCollector(student) as from_student:
+            for batch in train:
+                with accelerator.accumulate(trained):
+                    prompts = draw_prompts(options.prompts, options.points, batch)
+                    with accelerator.autocast():
+                        logits = trained(batch.images, prompts)
+                        structure = structure_loss(
+                            logits, batch.masks, batch.valid, legacy=options.legacy_loss
+                        )
+                        loss, terms, features = structure, None, from_student.pop()
+                        if not options.no_infosam:
+                            with torch.no_grad():
+                                embedding = encode(batch)
+                                teacher.decode([embedding], prompts)
+                            terms = distiller.terms(from_teacher.pop(embedding), features)
+                            loss = structure + terms.loss
+                    accelerator.backward(loss)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    if accelerator.sync_gradients:
+                        schedule.step()
+                log.training(batch.index, structure, terms, schedule.get_last_lr()[0])
+        seconds = (time.perf_counter() - began) / len(train)
+
+        finite = checkpoint.trained_weights(epoch, modules)
+        scores = evaluate(student, val, options.eval_prompts, options.eval_points)
+        log.validation(epoch, scores, seconds)
+        if scores["iou"] > best["iou"]:
+            best = {"epoch": epoch, **scores}
+        if accelerator.is_main_process:
+            checkpoint.save(options.output, epoch, best, finite, others)
+        accelerator.wait_for_everyone()
+
+    checkpoint.load_weights(checkpoint.epoch_folder(options.output, best["epoch"]), modules)
+    log.result(best, evaluate(student, test, options.eval_prompts, options.eval_points))
+    log.close()

@@ -1,0 +1,140 @@
+"""Runs side by side: every row counts, and seeds are called so only where they differ."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import pytest
+from finetuning_runs import run, training_options
+from PIL import Image
+
+import evaluate
+import pictures
+
+
+def test_evaluate_runs(trained, data: Path, tmp_path: Path, capsys) -> None:
+    # Two runs that differ in nothing but their seed, and one of another method.
+    runs = [str(trained("sam", "lora")), str(tmp_path / "other seed"), str(tmp_path / "decoder")]
+    run("sam", data, Path(runs[1]), *training_options("sam", "lora"), "--seed", 1)
+    run("sam", data, Path(runs[2]), "--method", "decoder", "--epochs", 1)
+    capsys.readouterr()
+    arguments = [*runs, "--pretrained", "--output", str(tmp_path / "scores")]
+    evaluate.main(arguments)
+    table = capsys.readouterr().out
+    result = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    # The weights before training are those of one checkpoint, whatever the seed and the method.
+    assert [*result["runs"]] == [*runs, f"{runs[0]} before"]
+    for name in runs:
+        test = json.loads((Path(name) / "result.json").read_text())["test"]
+        assert result["runs"][name]["iou"] == pytest.approx(test["iou"], abs=1e-6)
+        assert result["runs"][name]["dice"] == pytest.approx(test["dice"], abs=1e-6)
+        assert name in table
+    assert result["runs"][f"{runs[0]} before"] != result["runs"][runs[0]]
+    both = [result["runs"][name]["s_measure"] for name in runs[:2]]
+    assert [*result["seeds"]] == [" ".join(runs[:2])]
+    found = result["seeds"][" ".join(runs[:2])]
+    assert found["mean"]["s_measure"] == pytest.approx(mean(both))
+    assert found["standard deviation"]["s_measure"] == pytest.approx(stdev(both))
+    assert f"the 2 seeds of {runs[0]}" in table
+    images = [row for row in table_of(tmp_path / "scores") if row["run"] == runs[0]]
+    assert [row["row"] for row in images] == ["0", "1"]
+    assert mean(float(row["iou"]) for row in images) == pytest.approx(
+        result["runs"][runs[0]]["iou"]
+    )
+    evaluate.main([runs[0], "--output", str(tmp_path / "paper"), "--paper", "--split", "val"])
+    paper = json.loads((tmp_path / "paper" / "scores.json").read_text())
+    assert paper["split"] == "val"
+    assert paper["paper"]
+
+
+def table_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "images.csv").open(encoding="utf-8") as file:
+        return [*csv.DictReader(file)]
+
+
+def test_results_replace_nothing(trained, tmp_path: Path) -> None:
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "images.csv").write_text("theirs")
+    with pytest.raises(SystemExit, match="scores exists; nothing is written over it"):
+        evaluate.main([str(trained("sam", "lora")), "--output", str(tmp_path / "scores")])
+    assert [path.read_text() for path in (tmp_path / "scores").iterdir()] == ["theirs"]
+
+
+def test_a_run_given_twice_is_one_run(trained, tmp_path: Path, capsys) -> None:
+    """Under its name, by a link, and as a copy, which has the same seed."""
+    run = trained("sam", "lora")
+    (tmp_path / "link").symlink_to(run)
+    shutil.copytree(run, tmp_path / "copy")
+    capsys.readouterr()
+    again = [str(run), str(tmp_path / "link"), str(tmp_path / "copy")]
+    evaluate.main([str(run), *again, "--output", str(tmp_path / "scores")])
+    said = capsys.readouterr().out
+    assert said.count("and is evaluated once") == 2
+    assert f"{tmp_path / 'copy'} has the seed of {run}" in said
+    assert "seeds of" not in said
+    result = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    assert [*result["runs"]] == [str(run), str(tmp_path / "copy")]
+    assert result["seeds"] == {}
+
+
+def test_random_weights_differ_in_their_seeds(data: Path, tmp_path: Path, capsys) -> None:
+    """Without a checkpoint the seed draws the weights, so that the models before differ."""
+    runs = [tmp_path / f"seed-{seed}" for seed in (0, 1)]
+    for seed, output in enumerate(runs):
+        run("transformers-sam", data, output, "--epochs", 1, "--seed", seed)
+    assert "has random weights" in capsys.readouterr().out
+    evaluate.main([*map(str, runs), "--pretrained", "--output", str(tmp_path / "scores")])
+    result = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    names = [*map(str, runs), *(f"{name} before" for name in runs)]
+    assert [*result["runs"]] == names
+    assert [*result["seeds"]] == [" ".join(names[:2]), " ".join(names[2:])]
+
+
+def test_several_objects_of_an_image(data: Path, tmp_path: Path) -> None:
+    """Each row of the table counts, as in training, though their images are the same."""
+    rows = [f"{data}/test/{i:04}.jpg,{data}/test/{i:04}_mask.png" for i in (0, 1)]
+    small = np.zeros((256, 256), dtype=np.uint8)
+    small[5:25, 5:25] = 255
+    Image.fromarray(small).save(tmp_path / "small.png")
+    rows += [f"{data}/test/{i:04}.jpg,{tmp_path}/small.png" for i in (0, 1)]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "val"):
+        table = (data / f"{split}.csv").read_text().replace(split, f"{data}/{split}")
+        (folder / f"{split}.csv").write_text(table)
+    (folder / "test.csv").write_text("\n".join(["image,label", *rows]))
+    run("sam", folder, tmp_path / "run", "--epochs", 1)
+    evaluate.main([str(tmp_path / "run"), "--output", str(tmp_path / "scores")])
+    found = table_of(tmp_path / "scores")
+    assert [f"{row['image']},{row['mask']}" for row in found] == rows
+    test = json.loads((tmp_path / "run" / "result.json").read_text())["test"]
+    assert mean(float(row["iou"]) for row in found) == pytest.approx(test["iou"], abs=1e-6)
+    assert min(float(row["iou"]) for row in found) < 0.1 < max(float(row["iou"]) for row in found)
+
+
+def test_names_that_are_no_utf_8_work_to_the_end(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    for kind, ending in (("i", ".jpg"), ("m", "_mask.png")):
+        (folder / kind).mkdir(parents=True)
+        paths = sorted(path for split in data.iterdir() for path in split.glob(f"*{ending}"))
+        for n, path in enumerate(2 * paths):
+            name = os.fsencode(folder / kind) + b"/b\xe4um%d" % n + os.fsencode(path.suffix)
+            content = path.read_bytes() + (bytes(n) if kind == "i" else b"")
+            Path(os.fsdecode(name)).write_bytes(content)  # no two images are the same
+    options = ["--images", folder / "i", "--masks", folder / "m", "--epochs", 1]
+    run("sam", None, tmp_path / "run", *options)
+    evaluate.main([str(tmp_path / "run"), "--output", str(tmp_path / "scores")])
+    (row,) = table_of(tmp_path / "scores")
+    assert "b\\udce4um" in row["image"]
+    pictures.main([str(tmp_path / "run"), "--output", str(tmp_path / "pictures")])
+    assert {path.stem for path in (tmp_path / "pictures").iterdir()} == {
+        "predictions",
+        "relations",
+        "curves",
+    }
+    with pytest.raises(SystemExit, match="pictures exists; nothing is written over it"):
+        pictures.main([str(tmp_path / "run"), "--output", str(tmp_path / "pictures")])

@@ -1,0 +1,144 @@
+"""Official checkpoints and folders of the packages: all of their weights, or nothing."""
+
+import copy
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from finetuning_runs import build
+from safetensors.torch import load_file, save_file
+
+from parts.data.prompts import Prompts
+from parts.models import huggingface, sam, segmenter, tiny_sam
+from parts.models.segmenter import check_teacher, load_weights
+
+
+def half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def drop(path: Path) -> None:
+    weights = torch.load(path)
+    weights.pop(next(iter(weights)))
+    torch.save(weights, path)
+
+
+def reshape(path: Path) -> None:
+    weights = torch.load(path)
+    name = next(key for key, value in weights.items() if value.ndim == 2)
+    torch.save(weights | {name: weights[name][:-1]}, path)
+
+
+def add(path: Path) -> None:
+    torch.save(torch.load(path) | {"other.weight": torch.ones(3)}, path)
+
+
+def overflow(path: Path) -> None:
+    weights = torch.load(path)
+    weights["mask_decoder.iou_token.weight"][0, 0] = math.inf
+    torch.save(weights, path)
+
+
+def narrower(path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_sam, "DIM", 32)
+        torch.save(tiny_sam.build_tiny_sam().state_dict(), path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.write_bytes(b""), "--checkpoint must be a readable file"),
+        (lambda path: path.unlink(), "--checkpoint must be a readable file"),
+        (lambda path: path.write_text("<html>"), "--checkpoint must be a readable file"),
+        (half, "--checkpoint must be a readable file"),
+        (lambda path: torch.save([1, 2], path), "--checkpoint must hold named tensors"),
+        (drop, "1 weights missing, 0 unexpected, 0 of another shape"),
+        (reshape, "0 weights missing, 0 unexpected, 1 of another shape"),
+        (add, "0 weights missing, 1 unexpected, 0 of another shape (other.weight)"),
+        (overflow, "finite weights, got"),
+        (narrower, "0 weights missing, 0 unexpected"),
+        (lambda path: torch.save({0: torch.ones(1)}, path), "--checkpoint must hold named"),
+        (lambda path: torch.save(build("sam2").model.state_dict(), path), "another size"),
+    ],
+)
+def test_wrong_checkpoints(spoil, message: str, tmp_path: Path) -> None:
+    path, model = tmp_path / "weights.pth", build("sam").model
+    torch.save(model.state_dict(), path)
+    spoil(path)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="--checkpoint") as error:
+        load_weights(model, path, "tiny")
+    assert message in str(error.value)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("package", "key"), [("sam", None), ("sam2", "model")])
+def test_right_checkpoints(package: str, key: str | None, tmp_path: Path) -> None:
+    weights = build(package).model.state_dict()
+    torch.save(weights if key is None else {key: weights}, tmp_path / "weights.pt")
+    found = segmenter.build(package, "tiny", tmp_path / "weights.pt").model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+
+
+def test_checkpoints_of_safetensors(tmp_path: Path) -> None:
+    weights, path = build("sam").model.state_dict(), tmp_path / "weights.safetensors"
+    save_file(weights, path)
+    found = sam.build("tiny", path).model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in weights.items())
+    half(path)
+    with pytest.raises(ValueError, match="--checkpoint must be a readable file"):
+        sam.build("tiny", path)
+
+
+@pytest.mark.parametrize("name", ["tiny-sam", "tiny-sam2"])
+def test_folders_of_transformers(name: str, tmp_path: Path, inputs) -> None:
+    images, boxes, *_ = inputs
+    source = huggingface.build(name).eval()
+    source.model.save_pretrained(tmp_path)
+    found = huggingface.build(str(tmp_path)).eval()
+    assert (found.frame, found.dim) == (source.frame, source.dim)
+    with torch.no_grad():
+        assert torch.equal(found(images, Prompts(boxes)), source(images, Prompts(boxes)))
+
+    weights = load_file(tmp_path / "model.safetensors")
+    key = next(key for key, value in weights.items() if value.ndim == 2)
+    reshaped = weights | {key: weights[key][:-1].clone()}
+    lacking = {k: value for k, value in weights.items() if k != key}
+    for spoiled, message in ((reshaped, "readable weights"), (lacking, "all weights")):
+        save_file(spoiled, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"--model must hold {message}"):
+            huggingface.build(str(tmp_path))
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    broken = weights | {key: weights[key] * math.nan}
+    save_file(broken, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="--model must hold finite weights"):
+        huggingface.build(str(tmp_path))
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    half(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="--model must hold readable weights"):
+        huggingface.build(str(tmp_path))
+    other = huggingface.tiny_sam2() if name == "tiny-sam" else huggingface.tiny_sam()
+    other.save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path)
+    with pytest.raises(ValueError, match="are missing or of another shape"):
+        huggingface.build(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="must be a SAM or SAM2"):
+        huggingface.build(str(tmp_path))
+    with pytest.raises(ValueError, match="a model's folder, got nowhere"):
+        huggingface.build("nowhere")
+
+
+@pytest.mark.parametrize("config", ["<html>", "{}", '{"model_type": "sam99"}'])
+def test_folders_with_a_bad_config(config: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match="--model must"):
+        huggingface.build(str(tmp_path))
+
+
+def test_a_teacher_that_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="--teacher must take pictures"):
+        check_teacher(build("sam2"), build("sam"))
