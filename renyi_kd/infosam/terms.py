@@ -15,6 +15,7 @@ from renyi_kd._checks import (
 from renyi_kd._precision import compute_dtype
 from renyi_kd.information.kernels import inner_products
 from renyi_kd.information.routes.choice import trace_one_entropy
+from renyi_kd.infosam.features import EVALUATED
 from renyi_kd.infosam.operators.batch_gram import batch_gram, batch_gram_error
 from renyi_kd.infosam.operators.joint import joint_grams
 from renyi_kd.infosam.processes import (
@@ -204,7 +205,8 @@ def check_batches(samples: dict[str, Tensor], at_least: int) -> None:
     sizes = [tensor.shape[0] for tensor in samples.values()]
     if any(size != sizes[0] for size in sizes):
         found = ", ".join(f"`{name}` {size}" for name, size in zip(samples, sizes, strict=True))
-        raise ValueError(f"All arguments must have the same batch size, got {found}.")
+        hint = f" {EVALUATED}" if samples.keys() == {"teacher", "student"} else ""
+        raise ValueError(f"All arguments must have the same batch size, got {found}.{hint}")
     if sizes[0] < at_least:
         raise ValueError(
             f"A batch must hold at least {at_least} sample{'s' * (at_least > 1)}, got {sizes[0]}: "

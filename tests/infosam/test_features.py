@@ -1,6 +1,9 @@
 import copy
-import weakref
+import io
+import pickle
+from contextlib import nullcontext
 from functools import partial
+from weakref import ref
 
 import pytest
 import torch
@@ -195,7 +198,7 @@ def test_decoding_a_batch_twice_is_refused(model):
     with FeatureCollector(model) as collector:
         levels = encode(model, IMAGES)
         decode(model, levels, BOXES)
-        with pytest.raises(ValueError, match="got 3 prompts for 0 image embeddings"):
+        with pytest.raises(ValueError, match=r"All image embeddings .* have been decoded"):
             decode(model, levels, BOXES)
         with pytest.raises(RuntimeError, match="No image embedding and no mask tokens"):
             collector.pop()
@@ -291,6 +294,270 @@ def test_shared_encoder_interleaved(model, shared):
     assert_not_mixed_up(model, shared, interleaved)
 
 
+# Models that are evaluated inside of the block
+
+
+def evaluate(model, batches=2):
+    with torch.no_grad():
+        for _ in range(batches):
+            segment(model, IMAGES.flip(0), BOXES.flip(0))
+
+
+def teacher_first(teacher, student, passes):
+    passes(teacher)
+    passes(student)
+
+
+def student_first(teacher, student, passes):
+    passes(student)
+    passes(teacher)
+
+
+def train(model):
+    """A pass of the teacher, which is frozen, or of the student."""
+    segment(model, IMAGES, BOXES)
+
+
+@pytest.fixture(scope="module")
+def pair(built):
+    if "sam" not in built:
+        built["sam"] = BUILDERS["sam"]()
+    teacher = copy.deepcopy(built["sam"]).requires_grad_(False)
+    return teacher, copy.deepcopy(built["sam"])
+
+
+@pytest.mark.parametrize("evaluated", ["both", "student"])
+@pytest.mark.parametrize("evaluation", [teacher_first, student_first])
+@pytest.mark.parametrize("training", [teacher_first, student_first])
+@pytest.mark.parametrize("popped", ["teacher first", "student first"])
+def test_an_evaluation_changes_no_batch(pair, evaluated, evaluation, training, popped):
+    """It comes before the first batch, as a sanity check does, and between two batches."""
+    teacher, student = pair
+    expected_of_teacher, expected_of_student = map(collect, pair)
+    with FeatureCollector(teacher) as from_teacher, FeatureCollector(student) as from_student:
+        for _ in range(2):
+            if evaluated == "both":
+                evaluation(teacher, student, evaluate)
+            else:
+                evaluate(student)
+            training(teacher, student, train)
+            collectors = [from_teacher, from_student]
+            if popped == "student first":
+                of_student, of_teacher = (c.pop() for c in reversed(collectors))
+            else:
+                of_teacher, of_student = (c.pop() for c in collectors)
+            assert_features_close(of_student, expected_of_student)
+            assert_features_close(of_teacher, expected_of_teacher)
+
+
+def test_an_evaluation_in_other_batches(pair):
+    """A batch of two passes after an evaluation image by image, with several prompts an image."""
+    teacher, student = pair
+    expected_of_teacher, expected_of_student = map(collect, pair)
+    with FeatureCollector(teacher) as from_teacher, FeatureCollector(student) as from_student:
+        with torch.no_grad():
+            for model in pair:
+                one_by_one(model)
+                several_prompts(model)
+        for model in pair:
+            in_two_batches(model)
+        assert_features_close(from_teacher.pop(), expected_of_teacher)
+        assert_features_close(from_student.pop(), expected_of_student)
+
+
+def test_an_evaluation_with_gradients_is_known_by_the_mode(pair):
+    student = copy.deepcopy(pair[1])
+    expected_of_student = collect(student.train())
+    with FeatureCollector(student) as collector:
+        segment(student.eval(), IMAGES[:1], BOXES[:1])
+        segment(student.train(), IMAGES, BOXES)
+        segment(student.eval(), IMAGES[:1], BOXES[:1])
+        assert_features_close(collector.pop(), expected_of_student)
+
+
+def test_what_cannot_be_told_is_an_error(pair):
+    teacher, student = pair
+    expected_of_student = collect(student)
+    distiller = InfoSAMDistiller(32)
+    with FeatureCollector(teacher) as from_teacher, FeatureCollector(student) as from_student:
+        evaluate(teacher)  # alone, so that nothing tells that it was no batch
+        teacher_first(teacher, student, train)
+        with pytest.raises(ValueError, match=r"`teacher` 9, `student` 3\. Was a model evaluated"):
+            distiller(from_teacher.pop(), from_student.pop())
+
+        teacher_first(teacher, student, train)
+        teacher_first(teacher, student, evaluate)  # between the passes of a batch and its pop
+        with pytest.raises(RuntimeError, match=r"9 samples were collected beside a batch of 3"):
+            from_teacher.pop()
+        assert_features_close(from_student.pop(), expected_of_student)
+        from_teacher.clear()
+
+        from_student.clear()
+        segment(teacher, IMAGES, BOXES)
+        evaluate(student)
+        segment(teacher, IMAGES, BOXES)
+        segment(student, IMAGES[:2], BOXES[:2])
+        with pytest.raises(RuntimeError, match=r"beside a batch of 2, .* collector\.paused\(\)"):
+            from_teacher.pop()
+
+
+def test_paused_and_clear(pair):
+    _, student = pair
+    expected_of_student = collect(student)
+    with FeatureCollector(student) as collector:
+        with collector.paused(), collector.paused():
+            segment(student, IMAGES, BOXES)
+        with pytest.raises(RuntimeError, match="No image embedding and no mask tokens"):
+            collector.pop()
+        with pytest.raises(ZeroDivisionError), collector.paused():
+            1 / 0  # noqa: B018
+        segment(student, IMAGES[:2], BOXES[:2])
+        collector.clear()
+        segment(student, IMAGES, BOXES)
+        assert_features_close(collector.pop(), expected_of_student)
+
+
+def test_what_is_held_is_bounded(pair):
+    teacher, student = pair
+    expected_of_teacher, expected_of_student = map(collect, pair)
+    with (
+        FeatureCollector(teacher, max_samples=6) as from_teacher,
+        FeatureCollector(student, max_samples=6) as from_student,
+    ):
+        outputs = []
+        teacher.image_encoder.register_forward_hook(lambda *args: outputs.append(ref(args[-1])))
+        for _ in range(5):
+            with torch.no_grad():
+                segment(teacher, IMAGES, BOXES)
+        assert sum(output() is not None for output in outputs) <= 2
+        with pytest.raises(RuntimeError, match=r"15 samples without gradients .* 6 are held"):
+            from_teacher.pop()
+        evaluate(student, batches=5)
+        teacher_first(teacher, student, train)
+        assert_features_close(from_teacher.pop(), expected_of_teacher)
+        assert_features_close(from_student.pop(), expected_of_student)
+        for _ in range(2):
+            segment(student, IMAGES, BOXES)
+        with pytest.raises(RuntimeError, match="More than 6 samples with gradients"):
+            segment(student, IMAGES, BOXES)
+    with pytest.raises(ValueError, match="`max_samples` must be an integer >= 1, got 0"):
+        FeatureCollector(teacher, max_samples=0)
+
+
+# Copies of a model that is collected from
+
+
+def reloaded(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, reloaded, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_copies_are_inert_and_hold_nothing(model, copied):
+    if hasattr(model, "sam_mask_decoder") and copied is not copy.deepcopy:
+        pytest.skip("sam2's models hold a lambda")
+    with FeatureCollector(model) as collector:
+        segment(model, IMAGES, BOXES)
+        copied_model = copied(model)
+        segment(copied_model, IMAGES[:1], BOXES[:1])
+        assert_features_close(collector.pop(), collect(model))
+    outputs = []
+    with (
+        copied_model.mask_decoder.register_forward_hook(
+            lambda module, args, output: outputs.append(ref(output[0]))
+        )
+        if hasattr(copied_model, "mask_decoder")
+        else nullcontext()
+    ):
+        segment(copied_model, IMAGES[:1], BOXES[:1])
+    assert all(output() is None for output in outputs)
+
+
+def test_an_average_of_the_weights_is_not_collected(pair):
+    student = copy.deepcopy(pair[1])
+    with FeatureCollector(student) as collector:
+        average = torch.optim.swa_utils.AveragedModel(student)
+        segment(student, IMAGES, BOXES)
+        average.update_parameters(student)
+        segment(average.module, IMAGES, BOXES)
+        assert_features_close(collector.pop(), collect(student))
+
+
+def test_a_collector_that_is_dropped_is_freed(pair):
+    _, student = pair
+    collector = FeatureCollector(student)
+    segment(student, IMAGES, BOXES)
+    reference = ref(collector)
+    del collector
+    assert reference() is None
+    segment(student, IMAGES, BOXES)
+
+
+# Encoders that return more than the embedding
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda y: (y, [y]),
+        lambda y: [y, y.mean((2, 3))],
+        lambda y: {"embedding": y, "levels": [y, y]},
+        lambda y: {"vision_features": y, "fine": torch.cat([y, y])},
+    ],
+)
+def test_encoders_that_return_the_embedding_among_others(pair, wrapped):
+    student = copy.deepcopy(pair[1])
+    levels = []
+    student.image_encoder.register_forward_hook(lambda module, args, y: wrapped(y))
+    with FeatureCollector(student) as collector:
+        output = student.image_encoder(IMAGES)
+        first = output[0] if not isinstance(output, dict) else next(iter(output.values()))
+        levels.append(first)
+        decode(student, levels, BOXES)
+        assert_features_close(collector.pop(), collect(pair[1]))
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "found"),
+    [
+        (
+            lambda y: (y, y),
+            r"tuple(a tensor of shape (3, 32, 4, 4), a tensor of shape (3, 32, 4, 4",
+        ),
+        (lambda y: {"a": y.flatten(2)}, "dict(a: a tensor of shape (3, 32, 16))"),
+        (lambda y: [[y]], "list(list(a tensor of shape (3, 32, 4, 4)))"),
+        (lambda y: None, "NoneType"),
+    ],
+)
+def test_encoders_whose_embedding_cannot_be_told(pair, wrapped, found):
+    student = copy.deepcopy(pair[1])
+    # A hook that returns None leaves the output as it is.
+    student.image_encoder.forward = lambda x, run=student.image_encoder.forward: wrapped(run(x))
+    with (
+        FeatureCollector(student),
+        pytest.raises(TypeError, match=r"The image encoder must return .* got ") as error,
+    ):
+        student.image_encoder(IMAGES)
+    assert found in str(error.value)
+
+
+# Embeddings of views and of copies
+
+
+def test_views_and_copies_of_one_pass(pair):
+    """The first image is decoded from a view of the encoder's output, the others from copies."""
+    _, student = pair
+    with FeatureCollector(student) as collector:
+        (embedding,) = encode(student, IMAGES)
+        for i, piece in enumerate((embedding[:1], embedding[1:2].clone(), embedding[2:].clone())):
+            decode(student, [piece], BOXES[i : i + 1])
+        assert_features_close(collector.pop(), collect(student))
+
+
 # What pop gives
 
 
@@ -362,7 +629,7 @@ def test_teacher_without_graph_serves_the_loss(model, mode, passes, pop_inside):
 def test_nothing_is_held_after_pop(model):
     with FeatureCollector(model) as collector:
         segment(model, IMAGES, BOXES)
-        references = [weakref.ref(feature) for feature in collector.pop()]
+        references = [ref(feature) for feature in collector.pop()]
         assert all(reference() is None for reference in references)
 
 
