@@ -1,5 +1,6 @@
 """Run the benchmarks and write `results/<device>.md` with its plot: `python benchmarks/run.py`."""
 
+import argparse
 import json
 import re
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from measure import DEVICE
 
 FOLDER = Path(__file__).parent
-ROUTES = ["textbook", "eager", "compiled", "graphed"]
+ROUTES = ["textbook", "eager", "compiled", "graphed", "compiled and graphed"]
 ALPHAS = ["1.01", "2", "3", "5"]
 # Of Okabe and Ito, told apart by the colour-blind.
 COLORS = {
@@ -24,17 +25,21 @@ COLORS = {
     "eager": "#0072B2",
     "compiled": "#009E73",
     "graphed": "#D55E00",
+    "compiled and graphed": "#CC79A7",
     "floor": "#999999",
 }
 Results = list[dict]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, add_help=False)
+    parser.add_argument("--results", type=Path, default=FOLDER / "results")
+    options, of_pytest = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"
-        options = ["-q", "-p", "no:cacheprovider", "--benchmark-columns=median,iqr,rounds"]
+        quiet = ["-q", "-p", "no:cacheprovider", "--benchmark-columns=median,iqr,rounds"]
         files = [str(FOLDER / name) for name in ("bench_loss.py", "bench_entropy.py")]
-        failed = pytest.main([*files, *options, f"--benchmark-json={path}", *sys.argv[1:]])
+        failed = pytest.main([*files, *quiet, f"--benchmark-json={path}", *of_pytest])
         measured = json.loads(path.read_text())["benchmarks"]
     results = [
         x["extra_info"] | {"time": x["stats"]["median"] / x["extra_info"]["repeats"]}
@@ -44,7 +49,7 @@ def main() -> None:
     entropies = [x for x in results if x["bench"] == "entropy"]
 
     name = re.sub(r"\W+", "-", device_name().lower()).strip("-")
-    target = FOLDER / "results" / f"{name}.md"
+    target = options.results / f"{name}.md"
     target.write_text(report(losses, entropies, name))
     plot(losses, entropies).savefig(target.with_suffix(".png"), dpi=120)
     print(target.read_text())

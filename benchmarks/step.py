@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,10 +24,40 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "finetuning"))
 from parts.data.prompts import Prompts
 from parts.models import sam, sam2
 from parts.models.adaptation import adapt
+from parts.models.segmenter import Segmenter
 from parts.training.loss import structure_loss
 from renyi_kd import FeatureCollector, InfoSAMDistiller
 
 ROUTES = ("no teacher", "cached teacher", "teacher's encoder")
+
+
+class Setting(NamedTuple):
+    """A student and what it learns from."""
+
+    student: Segmenter
+    teacher: Segmenter
+    distiller: InfoSAMDistiller
+    optimizer: torch.optim.Optimizer
+    images: Tensor
+    prompts: Prompts
+    masks: Tensor
+
+
+def make_setting(package: str, model: str, batch: int, device: torch.device) -> Setting:
+    """Return a model with LoRA beside its unchanged copy, and random pictures."""
+    torch.manual_seed(0)
+    student = {"sam": sam, "sam2": sam2}[package].build(model, None).to(device)
+    teacher = copy.deepcopy(student).eval().requires_grad_(False)
+    adapt(student, "lora", targets=["qkv"])
+    distiller = InfoSAMDistiller(student.dim).to(device)
+    learners = [p for m in (student, distiller) for p in m.parameters() if p.requires_grad]
+    size = student.frame.size
+    boxes = torch.tensor([[0.2, 0.3, 0.7, 0.8]], device=device).mul(size).repeat(batch, 1)
+    masks = torch.zeros(batch, size, size, dtype=torch.bool, device=device)
+    masks[:, size // 3 : 3 * size // 4, size // 5 : 2 * size // 3] = True
+    images = torch.randn(batch, 3, size, size, device=device)
+    optimizer = torch.optim.Adam(learners, lr=2e-4)
+    return Setting(student, teacher, distiller, optimizer, images, Prompts(boxes), masks)
 
 
 def main() -> None:
@@ -39,20 +70,9 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    package = {"sam": sam, "sam2": sam2}[options.package]
-    student = package.build(options.model, None).to(device)
-    teacher = copy.deepcopy(student).eval().requires_grad_(False)
-    adapt(student, "lora", targets=["qkv"])
-    distiller = InfoSAMDistiller(student.dim).to(device)
-    learners = [p for m in (student, distiller) for p in m.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(learners, lr=2e-4)
-    size, batch = student.frame.size, options.batch_size
-    images = torch.randn(batch, 3, size, size, device=device)
-    boxes = torch.tensor([[0.2, 0.3, 0.7, 0.8]], device=device).mul(size).repeat(batch, 1)
-    masks = torch.zeros(batch, size, size, dtype=torch.bool, device=device)
-    masks[:, size // 3 : 3 * size // 4, size // 5 : 2 * size // 3] = True
-    prompts = Prompts(boxes)
+    student, teacher, distiller, optimizer, images, prompts, masks = make_setting(
+        options.package, options.model, options.batch_size, device
+    )
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.bf16)
 
     with tempfile.NamedTemporaryFile() as file:
@@ -62,18 +82,16 @@ def main() -> None:
         file.flush()
         stored = torch.from_file(file.name, size=embedding.numel(), dtype=torch.float16)
 
-        def teacher_embedding(route: str) -> Tensor:
-            if route == "cached teacher":
-                return stored.view(embedding.shape).clone().to(device).float()
-            return teacher.encode(images)[-1]
-
         def step(route: str) -> None:
+            if route == "cached teacher":  # a data loader brings it with the images
+                teachers = stored.view(embedding.shape).clone().to(device).float()
             with autocast:
                 loss = structure_loss(student(images, prompts), masks)
                 features = from_student.pop()
                 if route != "no teacher":
                     with torch.no_grad():
-                        teachers = teacher_embedding(route)
+                        if route == "teacher's encoder":
+                            teachers = teacher.encode(images)[-1]
                         teacher.decode([teachers], prompts)
                     loss = loss + distiller(from_teacher.pop(teachers), features)
             loss.backward()
@@ -92,7 +110,12 @@ def main() -> None:
                         seconds[route].append(time.perf_counter() - started)
 
     alone = median(seconds["no teacher"])
-    print(f"{options.package} {options.model}, batch {batch}, {size} pixels, {device.type}")
+    precision = "bfloat16" if options.bf16 else "float32"
+    print(
+        f"{options.package} {options.model}, batch {len(images)}, {images.shape[-1]} pixels, ",
+        end="",
+    )
+    print(f"{precision}, {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}")
     for route, times in seconds.items():
         print(f"{route:20}{1e3 * median(times):12.1f} ms{median(times) / alone:8.3f} ×")
 

@@ -1,6 +1,11 @@
-"""Parameters of tests: a few that run by default, and the rest of the grid with `-m slow`."""
+"""Parameters of tests, few by default and the rest of the grid with `-m slow`; where tests run."""
 
 import pytest
+import torch
+
+small_tiles = pytest.mark.skipif(
+    torch.get_default_device().type != "cpu", reason="needs the tiles of a CPU"
+)
 
 
 def over(names, fast, slow=(), ids=None):

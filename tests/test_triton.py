@@ -1,18 +1,20 @@
 """The Triton kernels against the PyTorch forms in float64: in the interpreter, or on a GPU."""
 
+import warnings
+
 import pytest
 import torch
 from grids import over, over_cases
 from torch import Tensor
 
 from renyi_kd import InfoSAMDistiller
-from renyi_kd.infosam.operators import joint, scores
+from renyi_kd.infosam.operators import batch_gram, folding, joint, scores
 
 triton = pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
-from renyi_kd import _triton  # noqa: E402
+from renyi_kd import _triton as kernels  # noqa: E402
 
 LAYOUTS = {
     "channels first": lambda x: x.mT.contiguous().mT,
@@ -43,15 +45,16 @@ def exact(x):
 @over_layouts
 @over_dtypes
 def test_scores(size, raw, layout, dtype, monkeypatch):
-    monkeypatch.setattr(_triton, "_TILE", 2048)  # several tiles
-    monkeypatch.setattr(_triton, "_PIXEL_SPLITS", 2)
+    for tile in ("_TILE", "_BACKWARD_TILE"):  # several tiles
+        monkeypatch.setattr(kernels.scores, tile, 2048)
+    monkeypatch.setattr(kernels.scores, "_MOST_SPLITS", 2)
     batch, places, dim, tokens = size
     pixels = layout((draw(batch, places, dim) + 3).to(dtype))
     query, offset = draw(batch, tokens, dim, seed=1), draw(batch, tokens, seed=2)
     residual = draw(batch, tokens, dim, seed=3) if raw else None
 
     forward = pixels, query, residual, offset, 1e-5
-    values = _triton.scores_by_kernel(*forward)
+    values = kernels.scores.scores_by_kernel(*forward)
     expected = scores.scores_by_blocks(*map(exact, forward))
     for value, reference in zip(values, expected, strict=True):
         assert value.shape == reference.shape
@@ -60,7 +63,7 @@ def test_scores(size, raw, layout, dtype, monkeypatch):
     grad = draw(batch, tokens, places, seed=4)
     for wanted in [(True, raw), (False, raw), (True, False)]:
         backward = grad, pixels, query, residual, *values[1:], *wanted
-        gradients = _triton.scores_backward_by_kernel(*backward)
+        gradients = kernels.scores.scores_backward_by_kernel(*backward)
         references = scores.scores_backward_by_blocks(*map(exact, backward))
         for value, reference in zip(gradients, references, strict=True):
             assert value.shape == reference.shape
@@ -74,30 +77,84 @@ def test_scores(size, raw, layout, dtype, monkeypatch):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the overflow
 def test_overflow_is_not_hidden():
     pixels, query, offset = 2e19 * draw(2, 9, 16), draw(2, 1, 16, seed=1), draw(2, 1, seed=2)
-    assert _triton.scores_by_kernel(pixels, query, None, offset, 1e-5)[0].isnan().all()
+    assert kernels.scores.scores_by_kernel(pixels, query, None, offset, 1e-5)[0].isnan().all()
 
 
+OF_ROWS = {
+    "dense": lambda x: x,
+    "batch last": lambda x: x.mT.contiguous().mT,
+    "strided": lambda x: torch.stack([x, torch.zeros_like(x)], dim=-1)[..., 0],
+    "one feature": lambda x: x[:, :1].expand_as(x),
+    "one sample": lambda x: x[:1].expand_as(x),
+}
+
+
+# Batches that a program holds as sums by feature, and as one product of matrices.
 @over_dtypes
-@over("shape", [(20, 777)], slow=[(2, 64), (5, 10_007)])
-@pytest.mark.parametrize(
-    "layout",
-    [
-        lambda x: x,
-        lambda x: x.mT.contiguous().mT,
-        lambda x: torch.stack([x, torch.zeros_like(x)], dim=-1)[..., 0],
-        lambda x: x[:, :1].expand_as(x),
-        lambda x: x[:1].expand_as(x),
-    ],
-    ids=["dense", "batch last", "strided", "one feature", "one sample"],
-)
-def test_sample_gram(shape, dtype, layout):
-    rows = layout(draw(*shape, dtype=dtype))
-    gram = _triton.batch_gram_by_kernel(rows)
+@over("shape", [(3, 777), (20, 777)], slow=[(2, 64), (5, 10_007), (33, 100)])
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("layout", OF_ROWS)
+def test_batch_gram(shape, dtype, long, layout, monkeypatch):
+    monkeypatch.setattr(batch_gram, "_LONG", 1 if long else 2**18)
+    monkeypatch.setattr(kernels.batch_gram, "_SPLITS", 3)
+    monkeypatch.setattr(kernels.batch_gram, "_EXACT_SUMS", 128)
+    rows = OF_ROWS[layout](draw(*shape, dtype=dtype))
+    gram = kernels.batch_gram.batch_gram_by_kernel(rows)
     assert gram.dtype == torch.float64
     expected = rows.double() @ rows.double().mT
     length = expected.diagonal().sqrt()
     # Of equal products the rounding errors do not average out.
-    assert ((gram - expected).abs() / (length[:, None] * length)).max() < 1e-6
+    within = 1e-6 if long else 1e-14
+    assert ((gram - expected).abs() / (length[:, None] * length)).max() < within
+
+    grad = draw(shape[0], shape[0], seed=1, dtype=torch.float64)
+    gradient = kernels.batch_gram.batch_gram_backward_by_kernel(grad, rows)
+    assert gradient.stride() == batch_gram.dense_in_memory_order(rows).stride()
+    rounding = torch.finfo(dtype).eps * (2 if dtype.itemsize == 2 else 1)
+    assert relative_error(gradient, (grad + grad.mT) @ rows.double()) < rounding
+
+
+@over_dtypes
+@over("shape", [(2, 1, 20), (3, 4, 16)], slow=[(5, 3, 300)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_fold(shape, residual, dtype, monkeypatch):
+    monkeypatch.setattr(kernels.folding, "_TILE", 2048)
+    dim = shape[-1]
+    tokens = draw(*shape, dtype=dtype).float()
+    norm, bias = (1 + 0.3 * draw(dim, seed=k) for k in (1, 2))
+    weights = draw(dim, dim, seed=3), draw(dim, seed=4), draw(dim, dim, seed=5), draw(dim, seed=6)
+    pixel_norm = draw(dim, seed=7), draw(dim, seed=8)
+    forward = tokens, norm, bias, *weights, *pixel_norm, residual, 1e-5
+    values = kernels.folding.fold_by_kernel(*forward)
+    expected = folding.fold_by_operators(*map(exact, forward))
+    for value, reference in zip(values, expected, strict=True):
+        assert value.shape == reference.shape
+        assert relative_error(value, reference) < 3e-6
+    query_weight, _, key_weight, key_bias = weights
+    grads = draw(*shape, seed=9), draw(*shape[:2], seed=10)
+    saved = tokens, norm, bias, query_weight, key_weight, key_bias, *pixel_norm, *values[2:]
+    gradients = kernels.folding.fold_backward_by_kernel(*grads, *saved, residual)
+    saved = *map(exact, saved[:8]), *expected[2:]
+    references = folding.fold_backward_by_operators(*map(exact, grads), *saved, residual)
+    for value, reference in zip(gradients, references, strict=True):
+        assert value.shape == reference.shape
+        assert relative_error(value, reference) < 3e-6
+
+
+@over("shape", [(3, 2, 35), (2, 1, 5000)], slow=[(1, 4, 4096)])
+def test_unit_length(shape):
+    values = draw(*shape)
+    values[0] = 0
+    values[1] *= 1e30
+    relation, length = kernels.scores.unit_length_by_kernel(values)
+    expected = scores.unit_length_by_operators(values.double())
+    assert relative_error(relation, expected[0]) < 1e-7
+    assert relative_error(length, expected[1]) < 1e-15
+    grad = draw(*shape, seed=1)
+    gradient = kernels.scores.unit_length_backward_by_kernel(grad, relation, length)
+    reference = scores.unit_length_backward_by_operators(grad.double(), *map(exact, expected))
+    for value, of_sample in zip(gradient, reference, strict=True):
+        assert relative_error(value, of_sample) < 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # in what `where` drops
@@ -108,11 +165,11 @@ def test_joint_grams(n, trains_relation):
     samples[0, 1] = 0
     samples[2, :2] = 0
     grams = samples @ samples.mT
-    value = _triton.joint_by_kernel(grams)
+    value = kernels.joint.joint_by_kernel(grams)
     torch.testing.assert_close(value, joint.joint_by_operators(grams, trains_relation))
     grad = draw(5, n, n, seed=1, dtype=torch.float64)
     torch.testing.assert_close(
-        _triton.joint_backward_by_kernel(grad, grams, trains_relation),
+        kernels.joint.joint_backward_by_kernel(grad, grams, trains_relation),
         joint.joint_backward_by_operators(grad, grams, trains_relation),
     )
 
@@ -140,7 +197,7 @@ def spectra(n: int) -> Tensor:
 @over("n", [1, 2, 3, 5, 8], slow=[4, 11, 16, 17, 32])
 def test_eigh(n):
     matrices = spectra(n)
-    values, vectors = _triton.eigh_by_kernel(matrices)
+    values, vectors = kernels.eigenvalues.eigh_by_kernel(matrices)
     expected = torch.linalg.eigvalsh(matrices)
     largest = expected[:, -1:]
     assert ((values.sort().values - expected).abs() / largest).max() < 1e-13
@@ -191,8 +248,9 @@ def test_distiller_matches_the_cpu_in_float64(alpha, dtype, tolerance):
 def test_nothing_waits_for_the_device(alpha):
     arguments = make_step(alpha)
     step(*arguments)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings(action="ignore"):  # that the mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
         step(*arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")

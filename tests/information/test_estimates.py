@@ -7,15 +7,15 @@ import pytest
 import reference
 import torch
 from functionals import samples, tensors
-from grids import over
+from grids import over, small_tiles
 from strategies import FAMILIES, gram_with_spectrum
 
 import renyi_kd
 from renyi_kd import SampleGram, renyi_entropy_estimate
 
 
-def seeded(seed=1, device="cpu"):
-    return torch.Generator(device).manual_seed(seed)
+def seeded(seed=1, device=None):
+    return torch.Generator(device or torch.get_default_device()).manual_seed(seed)
 
 
 def spectra(n):
@@ -141,6 +141,7 @@ def test_gradient_of_a_joint_of_samples():
         assert (estimate - exact).norm() < 0.01 * exact.norm()
 
 
+@small_tiles
 def test_an_estimate_has_no_second_derivative():
     (x,) = tensors(samples(100, 2, 1), requires_grad=True)
     for gram in (renyi_kd.rbf_kernel(x, bandwidth=1), SampleGram(x, renyi_kd.rbf_kernel)):

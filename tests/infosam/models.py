@@ -29,31 +29,35 @@ def tiny_sam(dim: int = 32) -> Sam:
     """`Sam` of segment_anything, `dim` channels."""
     torch.manual_seed(0)
     grid = SIZE // 16
-    return Sam(
-        image_encoder=ImageEncoderViT(
-            img_size=SIZE,
-            patch_size=16,
-            embed_dim=32,
-            depth=2,
-            num_heads=2,
-            out_chans=dim,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            use_rel_pos=True,
-            window_size=3,
-            global_attn_indexes=(1,),
-        ),
-        prompt_encoder=PromptEncoder(
-            embed_dim=dim,
-            image_embedding_size=(grid, grid),
-            input_image_size=(SIZE, SIZE),
-            mask_in_chans=4,
-        ),
-        mask_decoder=MaskDecoder(
-            transformer_dim=dim,
-            transformer=TwoWayTransformer(depth=2, embedding_dim=dim, mlp_dim=64, num_heads=4),
-            iou_head_hidden_dim=32,
-        ),
-    ).eval()
+    return (
+        Sam(
+            image_encoder=ImageEncoderViT(
+                img_size=SIZE,
+                patch_size=16,
+                embed_dim=32,
+                depth=2,
+                num_heads=2,
+                out_chans=dim,
+                norm_layer=partial(nn.LayerNorm, eps=1e-6),
+                use_rel_pos=True,
+                window_size=3,
+                global_attn_indexes=(1,),
+            ),
+            prompt_encoder=PromptEncoder(
+                embed_dim=dim,
+                image_embedding_size=(grid, grid),
+                input_image_size=(SIZE, SIZE),
+                mask_in_chans=4,
+            ),
+            mask_decoder=MaskDecoder(
+                transformer_dim=dim,
+                transformer=TwoWayTransformer(depth=2, embedding_dim=dim, mlp_dim=64, num_heads=4),
+                iou_head_hidden_dim=32,
+            ),
+        )
+        .eval()
+        .to(torch.get_default_device())
+    )  # its constants are made on the CPU
 
 
 def tiny_sam2(*, object_scores: bool = True) -> SAM2Base:
@@ -76,7 +80,7 @@ def tiny_sam2(*, object_scores: bool = True) -> SAM2Base:
         ]
     return build_sam2(
         "configs/sam2.1/sam2.1_hiera_t.yaml",
-        device="cpu",
+        device=str(torch.get_default_device()),
         hydra_overrides_extra=overrides,
         apply_postprocessing=False,
     )

@@ -41,14 +41,13 @@ def fold_query(
     Returns:
         Query, shape `(B, N, D)`, and offset, shape `(B, N)`. They have no second derivative.
     """
-    query, offset, *_ = _fold(
+    query, offset, *_ = fold_operator(
         tokens, *token_norm, *query_proj, *key_proj, *pixel_norm, residual, eps
     )
     return query, offset
 
 
-@torch.library.custom_op("renyi_kd::fold", mutates_args=())
-def _fold(
+def fold_by_operators(
     tokens: Tensor,
     token_scale: Tensor,
     token_shift: Tensor,
@@ -78,7 +77,10 @@ def _fold(
     return folded * pixel_scale, offset, normalized, mean, rstd, projected, folded
 
 
-@_fold.register_fake
+fold_operator = torch.library.custom_op("renyi_kd::fold", fold_by_operators, mutates_args=())
+
+
+@fold_operator.register_fake
 def _fold_shapes(
     tokens: Tensor,
     token_scale: Tensor,
@@ -109,8 +111,7 @@ def _fold_shapes(
     )
 
 
-@torch.library.custom_op("renyi_kd::fold_backward", mutates_args=())
-def _fold_backward(
+def fold_backward_by_operators(
     grad_query: Tensor,
     grad_offset: Tensor,
     tokens: Tensor,
@@ -128,7 +129,7 @@ def _fold_backward(
     folded: Tensor,
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of the tokens and of all parameters, in the order of `_fold`."""
+    """Return the gradients of the tokens and of all parameters, in the order of the arguments."""
     dim, dtype = tokens.shape[2], ieee_dtype(tokens.dtype, tokens.device)
     grad_offset = grad_offset.unsqueeze(2)
     with torch.autocast(tokens.device.type, enabled=False):
@@ -156,7 +157,12 @@ def _fold_backward(
     )
 
 
-@_fold_backward.register_fake
+fold_backward_operator = torch.library.custom_op(
+    "renyi_kd::fold_backward", fold_backward_by_operators, mutates_args=()
+)
+
+
+@fold_backward_operator.register_fake
 def _fold_backward_shapes(
     grad_query: Tensor,
     grad_offset: Tensor,
@@ -216,11 +222,11 @@ def _gradients(
         grad_query = torch.zeros_like(tokens)
     if grad_offset is None:
         grad_offset = tokens.new_zeros(tokens.shape[:2])
-    gradients = _fold_backward(grad_query, grad_offset, tokens, *rest, ctx.residual)
+    gradients = fold_backward_operator(grad_query, grad_offset, tokens, *rest, ctx.residual)
     return (*gradients, None, None)
 
 
-_fold.register_autograd(_gradients, setup_context=_save_for_backward)
+fold_operator.register_autograd(_gradients, setup_context=_save_for_backward)
 
 
 def _sum_of_outer_products(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:

@@ -101,10 +101,10 @@ def scores_backward_by_blocks(
     rstd: Tensor,
     for_pixels: bool,
     for_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `pixels`, `query` and `residual`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of `pixels`, `query`, `residual` and `offset`.
 
-    The first and the last are empty unless `for_pixels` and `for_residual` ask for them.
+    The first and the third are empty unless `for_pixels` and `for_residual` ask for them.
     """
     query = query.contiguous()
     dtype = ieee_dtype(query.dtype, query.device)
@@ -134,7 +134,7 @@ def scores_backward_by_blocks(
                 target.copy_(block)
     grad_query = sums[:, : query.shape[1]] - (scaled * mean.unsqueeze(1)).sum(dim=2, keepdim=True)
     grad_residual = sums[:, query.shape[1] :].to(query.dtype).clone()
-    return grad_pixels, grad_query.to(query.dtype), grad_residual
+    return grad_pixels, grad_query.to(query.dtype), grad_residual, grad.sum(dim=2)
 
 
 scores_backward_operator = torch.library.custom_op(
@@ -153,11 +153,12 @@ def _scores_backward_shapes(
     rstd: Tensor,
     for_pixels: bool,
     for_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(pixels) if for_pixels else pixels.new_empty(0),
         query.new_empty(query.shape),
         query.new_empty(query.shape[0], query.shape[1] if for_residual else 0, query.shape[2]),
+        query.new_empty(query.shape[:2]),
     )
 
 
@@ -172,14 +173,14 @@ def _gradients_of_scores(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tenso
     if grad is None:
         return (None,) * 5
     for_pixels, _, for_residual, _, _ = ctx.needs_input_grad
-    grad_pixels, grad_query, grad_residual = scores_backward_operator(
+    grad_pixels, grad_query, grad_residual, grad_offset = scores_backward_operator(
         grad, *ctx.saved_tensors, for_pixels, for_residual
     )
     return (
         grad_pixels if for_pixels else None,
         grad_query,
         grad_residual if for_residual else None,
-        grad.sum(dim=2),
+        grad_offset,
         None,
     )
 
@@ -192,32 +193,42 @@ def unit_length(scores: Tensor) -> Tensor:
 
     The result has no second derivative.
     """
-    relation: Tensor = _unit_length(scores)[0]
+    relation: Tensor = unit_length_operator(scores)[0]
     return relation
 
 
-@torch.library.custom_op("renyi_kd::unit_length", mutates_args=())
-def _unit_length(scores: Tensor) -> tuple[Tensor, Tensor]:
+def unit_length_by_operators(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the samples of unit length, and their lengths before, `(B, 1, 1)` in float64."""
     # In float64 the squares of large and of small features stay within the range.
     length = torch.linalg.vector_norm(scores, dim=(1, 2), keepdim=True, dtype=torch.float64)
     length.masked_fill_(length == 0, 1.0)
     return (scores / length).to(scores.dtype), length
 
 
-@_unit_length.register_fake
+unit_length_operator = torch.library.custom_op(
+    "renyi_kd::unit_length", unit_length_by_operators, mutates_args=()
+)
+
+
+@unit_length_operator.register_fake
 def _unit_length_shapes(scores: Tensor) -> tuple[Tensor, Tensor]:
     length = scores.new_empty(scores.shape[0], 1, 1, dtype=torch.float64)
     return torch.empty_like(scores), length
 
 
-@torch.library.custom_op("renyi_kd::unit_length_backward", mutates_args=())
-def _unit_length_backward(grad: Tensor, relation: Tensor, length: Tensor) -> Tensor:
+def unit_length_backward_by_operators(grad: Tensor, relation: Tensor, length: Tensor) -> Tensor:
+    """Return the gradient of the scores."""
     grad = grad.contiguous()
     along = (grad * relation).sum(dim=(1, 2), keepdim=True)
     return (torch.addcmul(grad, relation, along, value=-1) / length).to(grad.dtype)
 
 
-@_unit_length_backward.register_fake
+unit_length_backward_operator = torch.library.custom_op(
+    "renyi_kd::unit_length_backward", unit_length_backward_by_operators, mutates_args=()
+)
+
+
+@unit_length_backward_operator.register_fake
 def _unit_length_backward_shape(grad: Tensor, relation: Tensor, length: Tensor) -> Tensor:
     return torch.empty_like(relation)
 
@@ -228,10 +239,10 @@ def _save_relation(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor
 
 
 def _gradient_of_unit_length(ctx: Any, grad: Tensor | None, _: None) -> Tensor | None:
-    return None if grad is None else _unit_length_backward(grad, *ctx.saved_tensors)
+    return None if grad is None else unit_length_backward_operator(grad, *ctx.saved_tensors)
 
 
-_unit_length.register_autograd(_gradient_of_unit_length, setup_context=_save_relation)
+unit_length_operator.register_autograd(_gradient_of_unit_length, setup_context=_save_relation)
 
 
 def _blocks(pixels: Tensor, *, whole: bool = False) -> Iterator[tuple[slice, slice]]:

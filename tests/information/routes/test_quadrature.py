@@ -9,6 +9,10 @@ from renyi_kd.information.routes import quadrature
 from renyi_kd.information.routes.quadrature import Vectors, power_trace
 
 
+def seeded(seed):
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def trace_one_matrix(n=12, seed=0):
     rng = np.random.default_rng(seed)
     p = rng.uniform(0.1, 1, n)
@@ -54,7 +58,7 @@ def test_control_variates_take_the_variance_of_a_quadratic_spectrum(alpha):
     matrix /= matrix.trace()
     exact = (matrix.diagonal() ** alpha).sum().item()
     for seed in range(5):
-        vectors = Vectors(rank=2, probes=8, generator=torch.Generator().manual_seed(seed))
+        vectors = Vectors(rank=2, probes=8, generator=seeded(seed))
         estimate = power_trace(matrix.matmul, matrix.square().sum(), alpha, matrix, vectors)
         # The spread of the probes alone would leave 1e-2.
         assert estimate.value.item() == pytest.approx(exact, rel=1e-4)
@@ -66,7 +70,7 @@ def test_a_range_that_holds_all_makes_value_and_gradient_exact(alpha):
     rng = np.random.default_rng(0)
     p = np.r_[rng.uniform(0.5, 1, 4), np.zeros(26)]
     matrix = torch.tensor(gram_with_spectrum(p / p.sum(), rng))
-    vectors = Vectors(rank=4, probes=4, generator=torch.Generator().manual_seed(0))
+    vectors = Vectors(rank=4, probes=4, generator=seeded(0))
     estimate = power_trace(matrix.matmul, matrix.square().sum(), alpha, matrix, vectors)
     eigenvalues, basis = torch.linalg.eigh(matrix)
     eigenvalues = eigenvalues.clamp(min=0)

@@ -10,7 +10,7 @@ from functionals import (
     samples,
     tensors,
 )
-from grids import over_cases
+from grids import over_cases, small_tiles
 
 import renyi_kd
 from renyi_kd import SampleGram
@@ -77,6 +77,7 @@ def test_the_median_of_streamed_samples_is_detached(kernel):
     torch.testing.assert_close(*[torch.autograd.grad(y, x)[0] for y in (value, expected)])
 
 
+@small_tiles
 def test_progress_sees_the_tiles_of_both_passes():
     seen = []
 
@@ -93,6 +94,7 @@ def test_progress_sees_the_tiles_of_both_passes():
     assert len(seen) == 12
 
 
+@small_tiles
 def test_streaming_makes_no_matrix():
     """Nothing of more than a few tiles is allocated, of a matrix of 0.5 GB."""
     (x,) = tensors(samples(8192, 2, 1), torch.float32, requires_grad=True)
