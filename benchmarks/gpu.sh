@@ -16,6 +16,10 @@ set -euo pipefail
 part=${1:?"usage: benchmarks/gpu.sh tests|kernels|loss|routes|step|mixed FOLDER"}
 folder=${2:?"name a folder for the results"}
 shift 2
+if [[ ! $part =~ ^(tests|kernels|loss|routes|step|mixed)$ ]]; then
+    echo "there is no part $part: tests, kernels, loss, routes, step, mixed" >&2
+    exit 2
+fi
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 cd "$(dirname "$0")/.."
@@ -60,8 +64,4 @@ step)
     done | keep step.txt
     ;;
 mixed) "$python" benchmarks/mixed_precision.py --steps "$( ((gpu)) && echo 200 || echo 3)" "$@" | keep mixed.md ;;
-*)
-    echo "there is no part $part: tests, kernels, loss, routes, step, mixed" >&2
-    exit 2
-    ;;
 esac

@@ -51,7 +51,7 @@ def main() -> None:
     name = re.sub(r"\W+", "-", device_name().lower()).strip("-")
     target = options.results / f"{name}.md"
     target.write_text(report(losses, entropies, name))
-    plot(losses, entropies).savefig(target.with_suffix(".png"), dpi=120)
+    plot(losses, entropies, device_name()).savefig(target.with_suffix(".png"), dpi=120)
     print(target.read_text())
     raise SystemExit(failed)
 
@@ -137,19 +137,38 @@ def entropy_table(entropies: Results) -> list[str]:
     return lines
 
 
-def plot(losses: Results, entropies: Results) -> plt.Figure:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+def plot(losses: Results, entropies: Results, name: str) -> plt.Figure:
+    both = (plot_losses, losses), (plot_entropies, entropies)
+    panels = [(draw, results) for draw, results in both if results]
+    size = (5.5 * len(panels), 4.2)
+    figure, all_axes = plt.subplots(
+        1, len(panels), figsize=size, layout="constrained", squeeze=False
+    )
+    for axes, (draw, results) in zip(all_axes[0], panels, strict=True):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        draw(axes, results)
+        axes.set_ylabel("ms")
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.suptitle(name)
+    return figure
+
+
+def plot_losses(axes: plt.Axes, losses: Results) -> None:
     at_order_2 = [x for x in losses if x["alpha"] == 2 and x["layout"] == "channels first"]
     for route in ROUTES:
         curve = sorted((x["batch"], 1e3 * x["time"]) for x in at_order_2 if x["route"] == route)
         if curve:
-            left.plot(*zip(*curve, strict=True), "o-", color=COLORS[route], label=route)
+            axes.plot(*zip(*curve, strict=True), "o-", color=COLORS[route], label=route)
     floor = sorted({(x["batch"], 1e3 * x["floor"]) for x in at_order_2})
     if floor:
-        left.plot(*zip(*floor, strict=True), "--", color=COLORS["floor"], label="memory floor")
-        left.set_xticks([batch for batch, _ in floor], [str(batch) for batch, _ in floor])
-    left.set(title="Loss, α = 2, forward and backward", xlabel="batch", ylabel="ms")
+        axes.plot(*zip(*floor, strict=True), "--", color=COLORS["floor"], label="memory floor")
+        axes.set_xticks([batch for batch, _ in floor], [str(batch) for batch, _ in floor])
+    axes.set(title="Loss, α = 2, forward and backward", xlabel="batch")
 
+
+def plot_entropies(axes: plt.Axes, entropies: Results) -> None:
     styles = {"textbook": "k", "1.01": "#CC79A7", "2": "#0072B2", "3": "#009E73", "5": "#E69F00"}
     for route, color in styles.items():
         curve = sorted(
@@ -157,16 +176,8 @@ def plot(losses: Results, entropies: Results) -> plt.Figure:
         )
         if curve:
             label = "eigvalsh, float32" if route == "textbook" else f"α = {route}"
-            right.plot(*zip(*curve, strict=True), "o-", color=color, label=label)
-    right.set(title="Entropy, forward and backward", xlabel="n", ylabel="ms")
-    for axes, is_log in ((left, at_order_2), (right, entropies)):
-        if is_log:
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-            axes.legend()
-        axes.grid(alpha=0.3)
-    figure.suptitle(device_name())
-    return figure
+            axes.plot(*zip(*curve, strict=True), "o-", color=color, label=label)
+    axes.set(title="Entropy, forward and backward", xlabel="n")
 
 
 if __name__ == "__main__":

@@ -45,4 +45,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if device := config.getoption("--device"):
         torch.set_default_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # of the convolutions of models
         _OfTheCPU().__enter__()

@@ -141,15 +141,41 @@ def test_fold(shape, residual, dtype, monkeypatch):
         assert relative_error(value, reference) < 3e-6
 
 
+def test_an_empty_batch():
+    """One of several processes may have no sample."""
+    none, parameters = draw(0, 1, 20), [draw(20, 20), *draw(7, 20)]
+    weight, *vectors = parameters
+    scale, shift, query_bias, key_bias, pixel_scale, pixel_shift, _ = vectors
+    of_pixels = pixel_scale, pixel_shift
+    forward = none, scale, shift, weight, query_bias, weight, key_bias, *of_pixels, False, 1e-5
+    query, offset, *saved = kernels.folding.fold_by_kernel(*forward)
+    inputs = none, scale, shift, weight, weight, key_bias, *of_pixels
+    gradients = kernels.folding.fold_backward_by_kernel(query, offset, *inputs, *saved, False)
+    assert all((gradient == 0).all() for gradient in gradients)
+    pixels = draw(0, 35, 20)
+    values, *moments = kernels.scores.scores_by_kernel(pixels, query, none, offset, 1e-5)
+    arguments = values, pixels, query, none, *moments, True, True
+    gradients = kernels.scores.scores_backward_by_kernel(*arguments)
+    assert [len(gradient) for gradient in gradients] == [0] * 4
+    relation, length = kernels.scores.unit_length_by_kernel(values)
+    assert kernels.scores.unit_length_backward_by_kernel(values, relation, length).shape == (
+        0,
+        1,
+        35,
+    )
+    assert kernels.batch_gram.batch_gram_by_kernel(relation).shape == (0, 0)
+
+
 @over("shape", [(3, 2, 35), (2, 1, 5000)], slow=[(1, 4, 4096)])
 def test_unit_length(shape):
-    values = draw(*shape)
+    values = draw(*shape[::-1]).permute(2, 1, 0)  # not in the order of memory
     values[0] = 0
     values[1] *= 1e30
     relation, length = kernels.scores.unit_length_by_kernel(values)
+    assert relation.is_contiguous()
     expected = scores.unit_length_by_operators(values.double())
     assert relative_error(relation, expected[0]) < 1e-7
-    assert relative_error(length, expected[1]) < 1e-15
+    assert relative_error(length, expected[1]) < 1e-14
     grad = draw(*shape, seed=1)
     gradient = kernels.scores.unit_length_backward_by_kernel(grad, relation, length)
     reference = scores.unit_length_backward_by_operators(grad.double(), *map(exact, expected))

@@ -11,8 +11,8 @@ def on_device_of(tensor: Tensor) -> torch.cuda.device:
 
 
 def block_of(number: int) -> int:
-    """Return the power of two that holds so many elements."""
-    block: int = triton.next_power_of_2(number)
+    """Return the power of two that holds so many elements; an empty batch has a block, too."""
+    block: int = triton.next_power_of_2(max(1, number))
     return block
 
 

@@ -269,9 +269,9 @@ def scores_backward_by_kernel(
         pixels,
         query,
         query if residual is None else residual.contiguous(),
-        normalized,
-        mean,
-        rstd,
+        normalized.contiguous(),
+        mean.contiguous(),
+        rstd.contiguous(),
         grad_pixels,
         partial_query,
         partial_residual,
@@ -311,9 +311,8 @@ def scores_backward_by_kernel(
 
 def unit_length_by_kernel(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Do what `scores.unit_length_by_operators` does, in one launch."""
-    scores = scores.contiguous()
-    batch, size = scores.shape[0], scores[0].numel()
-    relation = torch.empty_like(scores)
+    batch, size = scores.shape[0], scores.shape[1:].numel()
+    scores, relation = scores.contiguous(), scores.new_empty(scores.shape)
     length = scores.new_empty(batch, 1, 1, dtype=torch.float64)
     _unit_length_kernel[(batch,)](
         scores, relation, length, size, BLOCK=min(4096, block_of(size)), num_warps=8
@@ -323,12 +322,12 @@ def unit_length_by_kernel(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 def unit_length_backward_by_kernel(grad: Tensor, relation: Tensor, length: Tensor) -> Tensor:
     """Do what `scores.unit_length_backward_by_operators` does, in one launch."""
-    batch, size = relation.shape[0], relation[0].numel()
-    grad_scores = torch.empty_like(relation)
+    batch, size = relation.shape[0], relation.shape[1:].numel()
+    relation, grad_scores = relation.contiguous(), relation.new_empty(relation.shape)
     _unit_length_backward_kernel[(batch,)](
         grad.contiguous(),
         relation,
-        length,
+        length.contiguous(),
         grad_scores,
         size,
         BLOCK=min(4096, block_of(size)),
@@ -343,12 +342,12 @@ def _tile(elements: int, places: int, dim: int) -> tuple[int, int]:
 
 
 def _splits(batch: int) -> int:
-    return min(_MOST_SPLITS, max(_FEWEST_SPLITS, _PROGRAMS // batch))
+    return min(_MOST_SPLITS, max(_FEWEST_SPLITS, _PROGRAMS // max(1, batch)))
 
 
 def _scores_fit(pixels: Tensor, query: Tensor) -> bool:
     tokens, dim = query.shape[1:]
-    accumulator = block_of(tokens) * triton.next_power_of_2(dim)
+    accumulator = block_of(tokens) * block_of(dim)
     fits = accumulator <= _BACKWARD_TILE and tokens <= _MAX_TOKENS
     return fits and query.dtype == torch.float32
 

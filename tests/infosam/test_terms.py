@@ -29,6 +29,7 @@ def features(seed, grid=TEACHER_GRID, tokens=1):
 
 def make_distiller(residual="raw", seed=0, **options):
     """A distiller of random parameters, layer norms and biases included."""
+    torch.manual_seed(seed)
     distiller = InfoSAMDistiller(D, relation=RelationModule(D, residual=residual), **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -21,6 +21,7 @@ from renyi_kd.information.kernels import Subset, hadamard_product, inverse_trace
 from renyi_kd.information.routes.tiles import (
     Evaluate,
     Progress,
+    Tile,
     each_tile,
     from_rows_and_columns,
     gradients_of_samples,
@@ -30,9 +31,9 @@ from renyi_kd.information.routes.tiles import (
 )
 from renyi_kd.information.samples import SampleGram
 
-# The width of a tile of given matrices: some of them and their products, in float64, should fit
-# into the cache of a core.
-_WIDTH = 256
+# The width of a tile of given matrices. On a CPU some and their products, in float64, should
+# fit into a core's cache; on a GPU each tile costs launches.
+_WIDTH, _WIDTH_ON_GPU = 256, 4096
 
 
 def entropies_of_matrices(grams: Sequence[Tensor], subsets: Sequence[Subset]) -> Tensor:
@@ -154,7 +155,7 @@ class _NormsAndTraces(torch.autograd.Function):
         traces = [hadamard_product(scaled.diagonals(), subset).sum(dim=-1) for subset in subsets]
         norms = [
             (1 if i == j else 2) * _squared_norms(scaled.tiles(i, j), subsets)
-            for i, j in upper_tiles(grams[0].shape[-1], _WIDTH)
+            for i, j in _tiles(grams[0])
         ]
         return reduce(add, norms), torch.stack(traces)
 
@@ -173,6 +174,10 @@ class _NormsAndTraces(torch.autograd.Function):
         return None, *(gradients.get(v) for v in range(len(grams)))
 
 
+def _tiles(gram: Tensor) -> list[Tile]:
+    return upper_tiles(gram.shape[-1], _WIDTH if gram.is_cpu else _WIDTH_ON_GPU)
+
+
 def _gradients_by_tiles(
     grams: Sequence[Tensor],
     subsets: Sequence[Subset],
@@ -182,7 +187,7 @@ def _gradients_by_tiles(
 ) -> dict[int, Tensor]:
     scaled = _Scaled(grams)
     gradients = {v: torch.empty_like(grams[v]) for v in wanted}
-    for i, j in upper_tiles(grams[0].shape[-1], _WIDTH):
+    for i, j in _tiles(grams[0]):
         grad_tiles = _gradients_of_tiles(scaled.tiles(i, j), subsets, grad_norms, wanted)
         for v, gradient in gradients.items():
             grad_tile = grad_tiles[v] * scaled.scales[v]

@@ -28,7 +28,7 @@ _STRIPS = 8
 # The width of the square tiles that are copied at a time, so that they stay in the cache.
 _WIDTH = 256
 
-# The number of rows whose products are summed at a time, where they are converted to float64 first.
+# The number of rows whose products a CPU sums at a time, where they are converted to float64 first.
 _ROWS = 64
 
 
@@ -186,9 +186,9 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 def _symmetric_part(gram: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     half_scale = (scale / 2).to(dtype)
-    if torch.is_grad_enabled() and gram.requires_grad:
+    if not gram.is_cpu or (torch.is_grad_enabled() and gram.requires_grad):
         return (gram + gram.mT).to(dtype) * half_scale
-    # Tile by tile, since reading the transpose of a large matrix at once misses the cache.
+    # Tile by tile, since reading the transpose of a large matrix at once misses the cache of a CPU.
     symmetric = torch.empty_like(gram, dtype=dtype)
     for i, j in upper_tiles(gram.shape[-1], _WIDTH):
         tile = (gram[..., i, j] + gram[..., j, i].mT).to(dtype) * half_scale
@@ -199,7 +199,7 @@ def _symmetric_part(gram: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _inner_product(left: Tensor, right: Tensor) -> Tensor:
     """Return the sum of the products of the entries, in float64, some rows at a time."""
-    rows = left.shape[-2] if left.dtype == torch.float64 else _ROWS
+    rows = _ROWS if left.is_cpu and left.dtype != torch.float64 else left.shape[-2]
     blocks = zip(*(torch.split(x, rows, dim=-2) for x in (left, right)), strict=True)
     sums: list[Tensor] = [
         torch.linalg.vecdot(a.flatten(-2).double(), b.flatten(-2).double()) for a, b in blocks

@@ -202,7 +202,7 @@ def unit_length_by_operators(scores: Tensor) -> tuple[Tensor, Tensor]:
     # In float64 the squares of large and of small features stay within the range.
     length = torch.linalg.vector_norm(scores, dim=(1, 2), keepdim=True, dtype=torch.float64)
     length.masked_fill_(length == 0, 1.0)
-    return (scores / length).to(scores.dtype), length
+    return (scores / length).to(scores.dtype).contiguous(), length
 
 
 unit_length_operator = torch.library.custom_op(
@@ -213,12 +213,12 @@ unit_length_operator = torch.library.custom_op(
 @unit_length_operator.register_fake
 def _unit_length_shapes(scores: Tensor) -> tuple[Tensor, Tensor]:
     length = scores.new_empty(scores.shape[0], 1, 1, dtype=torch.float64)
-    return torch.empty_like(scores), length
+    return scores.new_empty(scores.shape), length
 
 
 def unit_length_backward_by_operators(grad: Tensor, relation: Tensor, length: Tensor) -> Tensor:
     """Return the gradient of the scores."""
-    grad = grad.contiguous()
+    grad, relation = grad.contiguous(), relation.contiguous()
     along = (grad * relation).sum(dim=(1, 2), keepdim=True)
     return (torch.addcmul(grad, relation, along, value=-1) / length).to(grad.dtype)
 
@@ -230,7 +230,7 @@ unit_length_backward_operator = torch.library.custom_op(
 
 @unit_length_backward_operator.register_fake
 def _unit_length_backward_shape(grad: Tensor, relation: Tensor, length: Tensor) -> Tensor:
-    return torch.empty_like(relation)
+    return relation.new_empty(relation.shape)
 
 
 def _save_relation(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:

@@ -36,7 +36,7 @@ def test_long_maps_of_float64_keep_its_digits():
     samples = draw(2, 2**18 + 300)
     torch.testing.assert_close(batch_gram(samples), samples @ samples.mT, rtol=1e-13, atol=1e-9)
     assert batch_gram_error(samples) == torch.finfo(torch.float64).eps
-    assert batch_gram_error(samples.float()) == 1e-8
+    assert batch_gram_error(samples.float()) == (1e-8 if samples.is_cpu else 1e-7)
     assert batch_gram_error(samples[:, 1000:].float()) == torch.finfo(torch.float64).eps
 
 

@@ -1,0 +1,43 @@
+"""The benchmarks for a GPU, rehearsed in their reduced form without one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
+RESULTS = {
+    "tests": ["cuda-tests.txt", "default-device-tests.txt"],
+    "kernels": ["kernels.md"],
+    "loss": ["*.md", "*.png"],
+    "routes": ["routes-*.md", "routes-*.png"],
+    "step": ["step.txt"],
+    "mixed": ["mixed.md"],
+}
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = ["bash", SCRIPT, *arguments]
+    # Inside, pytest runs again, and not as the worker of this one.
+    environment = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", RESULTS)
+def test_each_part_runs_and_leaves_its_results(part, tmp_path):
+    done = run(part, tmp_path / "results")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for pattern in RESULTS[part]:
+        (found,) = (tmp_path / "results").glob(pattern)
+        assert found.stat().st_size > 50
+
+
+def test_an_unknown_part_is_named(tmp_path):
+    done = run("speed", tmp_path)
+    assert done.returncode == 2
+    assert "no part speed: tests, kernels, loss" in done.stderr
+    assert not done.stdout
