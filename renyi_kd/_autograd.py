@@ -1,4 +1,4 @@
-"""Gradients that cannot be differentiated again, and raise an error if one tries."""
+"""Which derivatives a custom gradient serves: a first one, backwards."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -6,8 +6,23 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Backward: TypeAlias = Callable[..., tuple[Tensor | None, ...]]
+
+
+def needs_plain_formulas(*tensors: Tensor) -> bool:
+    """Return whether derivatives are asked for that a custom gradient does not serve.
+
+    These are derivatives in forward mode, which PyTorch takes for zero in custom operators, and
+    those of `torch.func`. Formulas of PyTorch's own operators serve them.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or any(
+        forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+        for tensor in tensors
+    )
 
 
 def first_derivative_only(backward: Backward) -> Backward:

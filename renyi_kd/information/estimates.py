@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from renyi_kd._autograd import needs_plain_formulas
 from renyi_kd._checks import check_alpha
 from renyi_kd._precision import compute_dtype
 from renyi_kd.information.entropy import check_variables
@@ -91,6 +92,11 @@ def renyi_entropy_estimate(
     check_variables(grams=grams)
     check_progress(progress)
     alpha = check_alpha(alpha)
+    if needs_plain_formulas(*(gram.x if isinstance(gram, SampleGram) else gram for gram in grams)):
+        raise RuntimeError(
+            "An estimate has no derivative in forward mode, and none by the transforms of "
+            "torch.func. Use an exact functional there, as renyi_entropy."
+        )
     vectors = choose_vectors(alpha, grams[0].shape[-1], rank, probes, generator)
     samples = [gram for gram in grams if isinstance(gram, SampleGram)]
     if len(samples) == len(grams):

@@ -13,6 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from renyi_kd._autograd import needs_plain_formulas
 from renyi_kd._checks import (
     check_batch_dimensions,
     check_floating,
@@ -223,9 +224,22 @@ def inner_products(x: Tensor, y: Tensor | None = None) -> Tensor:
 
 def distances(x: Tensor, y: Tensor, order: float) -> Tensor:
     """Return the distances between samples in the norm of this order, shape `(..., n, m)`."""
+    if needs_plain_formulas(x, y):
+        return _distances_by_operators(x, y, order)
     # By default cdist expands |x - y|^2 to |x|^2 - 2xy + |y|^2, which cancels the digits of
     # near-duplicate samples.
     return torch.cdist(x, y, p=order, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _distances_by_operators(x: Tensor, y: Tensor, order: float) -> Tensor:
+    """Do what `distances` does, by operators that have all derivatives. Those of cdist are few."""
+    differences = x.unsqueeze(-2) - y.unsqueeze(-3)
+    if order == 1:
+        return differences.abs().sum(dim=-1)
+    squares = differences.square().sum(dim=-1)
+    # The slope of a root is infinite at zero. As in cdist it counts as zero there.
+    zero = squares == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, squares).sqrt())
 
 
 def median_distance(x: Tensor, order: float) -> Tensor:

@@ -5,7 +5,9 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from renyi_kd._autograd import needs_plain_formulas
 from renyi_kd._checks import (
     check_choice,
     check_floating,
@@ -77,29 +79,72 @@ class RelationModule(nn.Module):
     def forward(self, image_embedding: Tensor, mask_tokens: Tensor) -> Tensor:
         """Return the relation of each sample, shape `(B, N, P)`, of unit length a sample."""
         pixels, tokens = flatten_features(image_embedding, mask_tokens, self.dim)
-        weight = self.query_proj.weight
-        check_same_device(image_embedding=image_embedding, relation=weight)
-        dtype = compute_dtype(pixels, tokens, weight)
-        tokens = tokens.to(dtype)
+        parameters = list(self.parameters())
+        if parameters:
+            check_same_device(image_embedding=image_embedding, relation=parameters[0])
+        dtype = compute_dtype(pixels, tokens, *parameters)
+        if self._can_fold(pixels, tokens):
+            return unit_length(self._folded_scores(pixels, tokens.to(dtype)))
+        with torch.autocast(pixels.device.type, enabled=False):
+            return unit_length(self._scores(pixels.to(dtype), tokens.to(dtype)))
+
+    def _folded_scores(self, pixels: Tensor, tokens: Tensor) -> Tensor:
+        """Return what `_scores` does, with the pixels' layers folded into the queries."""
         layers = self.layer_norm_mask, self.query_proj, self.key_proj, self.layer_norm_feat
         query, offset = fold_query(
             tokens,
-            *((layer.weight.to(dtype), layer.bias.to(dtype)) for layer in layers),
+            *((layer.weight.to(tokens.dtype), layer.bias.to(tokens.dtype)) for layer in layers),
             residual=self.residual == "normalized",
             eps=self.layer_norm_mask.eps,
         )
-        scores = relation_scores(
-            pixels,
-            query,
-            tokens if self.residual == "raw" else None,
-            offset,
-            self.layer_norm_feat.eps,
+        residual = tokens if self.residual == "raw" else None
+        return relation_scores(pixels, query, residual, offset, self.layer_norm_feat.eps)
+
+    def _scores(self, pixels: Tensor, tokens: Tensor) -> Tensor:
+        """Return the scores by Eq. 8 and 9 as they stand, whatever the layers are."""
+        normalized_tokens = _in_dtype_of(tokens, self.layer_norm_mask)
+        normalized_pixels = _in_dtype_of(pixels, self.layer_norm_feat)
+        query = _in_dtype_of(normalized_tokens, self.query_proj)
+        key = _in_dtype_of(normalized_pixels, self.key_proj)
+        if self.residual == "raw":
+            residual = tokens @ pixels.mT
+        else:
+            residual = normalized_tokens @ normalized_pixels.mT
+        scores: Tensor = query @ key.mT / self.dim**0.5 + residual
+        return scores
+
+    def _can_fold(self, *features: Tensor) -> bool:
+        """Return whether the layers do nothing but what their weights and biases say."""
+        return (
+            all(_is_plain(layer, nn.Linear) for layer in (self.query_proj, self.key_proj))
+            and all(
+                _is_plain(x, nn.LayerNorm) for x in (self.layer_norm_mask, self.layer_norm_feat)
+            )
+            and not needs_plain_formulas(*features, *self.parameters())
         )
-        return unit_length(scores)
 
     def extra_repr(self) -> str:
         """Return the options, for `repr`."""
         return f"dim={self.dim}, residual={self.residual!r}"
+
+
+def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether a layer is of just this class, with weight and bias, and without hooks."""
+    has_all = layer.weight is not None and layer.bias is not None if type(layer) is kind else False
+    return has_all and not (
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+    )
+
+
+def _in_dtype_of(x: Tensor, layer: nn.Module) -> Tensor:
+    """Return what the layer makes of `x`, with its parameters in the dtype of `x`."""
+    parameters = dict(layer.named_parameters())
+    if all(p.dtype == x.dtype for p in parameters.values()):
+        result: Tensor = layer(x)
+        return result
+    converted = {name: p.to(x.dtype) for name, p in parameters.items() if p.is_floating_point()}
+    result = functional_call(layer, converted, (x,))
+    return result
 
 
 class DotProductRelation(nn.Module):
@@ -120,7 +165,10 @@ class DotProductRelation(nn.Module):
         check_floating("mask_tokens", mask_tokens)
         dim = mask_tokens.shape[-1] if mask_tokens.ndim else 0
         pixels, tokens = flatten_features(image_embedding, mask_tokens, dim)
-        tokens = tokens.to(compute_dtype(pixels, tokens))
+        dtype = compute_dtype(pixels, tokens)
+        tokens = tokens.to(dtype)
+        if needs_plain_formulas(pixels, tokens):
+            return unit_length(tokens @ pixels.to(dtype).mT)
         # A query of zeros leaves the residual alone. An eps of one keeps 1 / deviation finite where
         # a pixel is constant.
         no_query, no_offset = torch.zeros_like(tokens), tokens.new_zeros(tokens.shape[:2])

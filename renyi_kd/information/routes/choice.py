@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from renyi_kd._autograd import needs_plain_formulas
 from renyi_kd._precision import compute_dtype, ieee_dtype
 from renyi_kd.information.kernels import Subset, joint_gram
 from renyi_kd.information.routes.dual import (
@@ -128,7 +129,8 @@ def _entropies_without_dual(
     method: Method,
     progress: Progress | None,
 ) -> Sequence[Tensor]:
-    large = grams[0].shape[-1] >= LARGE
+    tensors = [gram.x if isinstance(gram, SampleGram) else gram for gram in grams]
+    large = grams[0].shape[-1] >= LARGE and not needs_plain_formulas(*tensors)
     samples = [gram for gram in grams if isinstance(gram, SampleGram)]
     if method == "frobenius" and large and len(samples) == len(grams):
         return entropies_of_samples(samples, subsets, progress).unbind()

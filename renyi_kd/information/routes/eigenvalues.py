@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from renyi_kd._autograd import needs_plain_formulas
+
 # Up to this n one CUDA kernel decomposes a whole stack of matrices, and the host does not wait.
 SMALL = 32
 
@@ -34,7 +36,7 @@ def entropy_from_eigenvalues(matrix: Tensor, alpha: float, *, epsilon: float) ->
     if alpha == math.inf:
         return zero_or_nan - eigenvalues.amax(dim=-1).log2()
 
-    p = _probabilities(eigenvalues, alpha, epsilon)
+    p, in_range = _probabilities(eigenvalues, alpha, epsilon)
     if alpha == 1:
         nats: Tensor = torch.special.entr(p).sum(dim=-1)
         return zero_or_nan + nats / math.log(2)
@@ -42,16 +44,20 @@ def entropy_from_eigenvalues(matrix: Tensor, alpha: float, *, epsilon: float) ->
     log_p = torch.where(p > 0, p, 1.0).log()
     if abs(alpha - 1) < 0.5:
         # The sum of p^alpha is the sum of p, which is one, and of p (p^(alpha - 1) - 1). Written
-        # so, it keeps its digits as alpha nears 1. Of the first sum only the derivative is added.
-        excess = p * ((alpha - 1) * log_p).expm1() + (p - p.detach())
+        # so, it keeps its digits as alpha nears 1. So does its gradient, since that of the first
+        # sum is left out: the matrix has the trace one whatever it is made of. Off the range,
+        # where the whole slope is zero, that of the second sum is -1.
+        excess = p * ((alpha - 1) * log_p).expm1()
+        if alpha > 1:
+            excess = excess + torch.where(in_range, 0.0, eigenvalues.detach() - eigenvalues)
         log_trace = excess.sum(dim=-1).log1p()
     else:
         log_trace = torch.where(p > 0, alpha * log_p, -math.inf).logsumexp(dim=-1)
     return zero_or_nan + log_trace / ((1 - alpha) * math.log(2))
 
 
-def _probabilities(eigenvalues: Tensor, alpha: float, epsilon: float) -> Tensor:
-    """Return the eigenvalues as probabilities, with a gradient on the range of the matrix alone.
+def _probabilities(eigenvalues: Tensor, alpha: float, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues as probabilities, and which are on the range; only those learn.
 
     The range is spanned by the eigenvectors whose eigenvalue is not zero but for rounding. Off it
     the derivative is unbounded at orders up to 1, and noise at higher orders.
@@ -65,16 +71,14 @@ def _probabilities(eigenvalues: Tensor, alpha: float, epsilon: float) -> Tensor:
         epsilon = torch.finfo(p.dtype).eps
     in_range = p > p.shape[-1] * epsilon * p.amax(dim=-1, keepdim=True)
     if alpha <= 1:
-        # Dividing by the trace on the range, which is one already, changes no value. It makes the
-        # gradient that of the entropy of the matrix restricted to its range.
-        trace = torch.where(in_range, p, 0.0).sum(dim=-1, keepdim=True)
-        p = p * (trace.detach() / trace)
-    return torch.where(in_range, p, p.detach() if alpha >= 1 else 0.0)
+        # What counts is the matrix restricted to its range, which has the trace one, too.
+        p = p / torch.where(in_range, p, 0.0).sum(dim=-1, keepdim=True)
+    return torch.where(in_range, p, p.detach() if alpha >= 1 else 0.0), in_range
 
 
 def _eigenvalues(matrix: Tensor) -> Tensor:
     """Return the eigenvalues of symmetric matrices, in any order."""
-    if matrix.is_cuda and matrix.shape[-1] <= SMALL:
+    if matrix.is_cuda and matrix.shape[-1] <= SMALL and not needs_plain_formulas(matrix):
         eigenvalues: Tensor = eigh(matrix)[0]
     else:
         eigenvalues = torch.linalg.eigvalsh(matrix)

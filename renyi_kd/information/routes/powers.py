@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from renyi_kd._autograd import needs_plain_formulas
 from renyi_kd.information.kernels import inverse_trace
 from renyi_kd.information.routes.tiles import upper_tiles
 
@@ -61,7 +62,8 @@ def trace_of_power(matrix: Tensor, exponent: int) -> Tensor:
     Returns:
         The trace, shape `(...)`. It has a second derivative.
     """
-    if exponent > 2 and torch.is_grad_enabled() and matrix.requires_grad:
+    learns = torch.is_grad_enabled() and matrix.requires_grad
+    if exponent > 2 and learns and not needs_plain_formulas(matrix):
         trace: Tensor = _TraceOfPower.apply(matrix, exponent)[0]
         return trace
     # The last product need not be formed: its trace is the inner product of its two factors.
@@ -172,7 +174,8 @@ def _powers(matrix: Tensor, chain: tuple[int, ...] | list[int]) -> dict[int, Ten
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """Return the product of two powers of one symmetric matrix."""
     n = left.shape[-1]
-    if n < _TRIANGLE or (torch.is_grad_enabled() and left.requires_grad):
+    learns = torch.is_grad_enabled() and left.requires_grad
+    if n < _TRIANGLE or learns or needs_plain_formulas(left, right):
         return left @ right
     product = torch.empty_like(left)
     height = -(-n // _STRIPS)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from renyi_kd._autograd import needs_plain_formulas
 from renyi_kd._precision import ieee_dtype
 
 # From this number of features on, products are summed in float32 over chunks of `_CHUNK` features,
@@ -34,6 +35,9 @@ def batch_gram(samples: Tensor) -> Tensor:
     Returns:
         Gram matrix, shape `(B, B)`, float64. It has no second derivative.
     """
+    if needs_plain_formulas(samples):
+        rows = samples.flatten(1).double()
+        return rows @ rows.mT
     gram: Tensor = batch_gram_operator(samples)
     return gram
 

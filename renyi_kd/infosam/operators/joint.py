@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from renyi_kd._autograd import needs_plain_formulas
+
 
 def joint_grams(grams: Tensor, distillation_trains_relation: bool) -> Tensor:
     r"""Return the normalised Gram matrices and Hadamard products whose entropies make the loss.
@@ -25,6 +27,8 @@ def joint_grams(grams: Tensor, distillation_trains_relation: bool) -> Tensor:
         :math:`G_r^T, G_r^S, G_i \circ G_m, G_i \circ G_m \circ G_r^T, G_r^T \circ G_r^S`, each of
         trace one, shape `(5, B, B)`. They have no second derivative.
     """
+    if needs_plain_formulas(grams):
+        return joint_by_operators(grams, distillation_trains_relation)
     joint: Tensor = joint_operator(grams, distillation_trains_relation)
     return joint
 
@@ -33,7 +37,8 @@ def joint_by_operators(grams: Tensor, distillation_trains_relation: bool) -> Ten
     """Return what `joint_grams` does, by one PyTorch operator after the other."""
     teacher, student, image, tokens = _cosines(grams, *_inverse_norms(grams)).unbind()
     features = image * tokens
-    joint = torch.stack([teacher, student, features, features * teacher, teacher * student])
+    factor = teacher if distillation_trains_relation else teacher.detach()
+    joint = torch.stack([teacher, student, features, features * teacher, factor * student])
     return joint / grams.shape[-1]
 
 
@@ -68,7 +73,7 @@ def _inverse_norms(grams: Tensor) -> tuple[Tensor, Tensor]:
     """Return 1 / length of each sample, or 0 of a zero one, and which pairs are of zero ones."""
     diagonal = grams.diagonal(dim1=-2, dim2=-1)
     zero = diagonal == 0
-    inverse_norms = diagonal.rsqrt().masked_fill_(zero, 0.0)
+    inverse_norms = diagonal.masked_fill(zero, 1.0).rsqrt().masked_fill(zero, 0.0)
     return inverse_norms, zero.unsqueeze(-1) & zero.unsqueeze(-2)
 
 
@@ -76,7 +81,7 @@ def _cosines(grams: Tensor, inverse_norms: Tensor, both_are_zero: Tensor) -> Ten
     # Zero samples count as equal to each other and orthogonal to the rest. A NaN stays NaN, even
     # when it is multiplied by zero.
     cosines = grams * inverse_norms.unsqueeze(-1) * inverse_norms.unsqueeze(-2)
-    return cosines.add_(both_are_zero)
+    return cosines + both_are_zero
 
 
 joint_operator = torch.library.custom_op(
