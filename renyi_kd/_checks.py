@@ -8,6 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 class TensorLike(Protocol):
     """A tensor, or an object that stands for one, as a `SampleGram` stands for its matrix."""
@@ -23,12 +26,28 @@ class TensorLike(Protocol):
 
 
 def check_floating(name: str, value: object) -> None:
-    """Raise `TypeError` unless `value` is a tensor of a real floating-point dtype."""
+    """Raise `TypeError` unless `value` is a dense tensor of a real floating-point dtype."""
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor, got {type(value).__name__}.")
-    if not value.is_floating_point():
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise TypeError(
-            f"`{name}` must have a floating-point dtype, got {value.dtype}. "
+            f"`{name}` must be a dense tensor, got a {kind} one. Convert it first, for instance "
+            f"with `.to_dense()` or torch.nested.to_padded_tensor."
+        )
+    if hasattr(value, "get_mask"):
+        raise TypeError(
+            f"`{name}` must not be a masked tensor, since a sample is whole or not there. "
+            f"Select samples, or fill in the rest with `.to_tensor(0)`."
+        )
+    if value.dtype in _INTEGERS:
+        raise TypeError(
+            f"`{name}` must have a floating-point dtype, got {value.dtype}. Make samples of class "
+            f"labels by torch.nn.functional.one_hot(labels).float(), and of numbers by `.float()`."
+        )
+    if value.dtype not in _FLOATING:
+        raise TypeError(
+            f"`{name}` must have a floating-point dtype of 16, 32 or 64 bits, got {value.dtype}. "
             f"Convert it first, for instance with `.float()`."
         )
 
@@ -90,5 +109,7 @@ def check_batch_dimensions(tensors: Iterable[TensorLike]) -> None:
     """Raise `ValueError` unless the dimensions before the last two broadcast."""
     shapes = [tuple(tensor.shape) for tensor in tensors]
     for sizes in zip_longest(*(reversed(shape[:-2]) for shape in shapes), fillvalue=1):
-        if len({size for size in sizes if size != 1}) > 1:
+        not_one = [size for size in sizes if size != 1]
+        # A set would make symbolic sizes constant.
+        if any(size != not_one[0] for size in not_one):
             raise ValueError(f"Leading batch dimensions must broadcast, got shapes {shapes}.")

@@ -276,19 +276,27 @@ def check_variables(**groups: Sequence[Gram]) -> tuple[list[Gram], list[Subset]]
     for name, group in groups.items():
         if not group:
             raise ValueError(f"`{name}` must hold at least one Gram matrix, got none.")
-        for gram in group:
-            if not isinstance(gram, SampleGram):
-                check_gram(name, gram)
-    grams = [gram for group in groups.values() for gram in group]
-    if len({gram.shape[-1] for gram in grams}) > 1:
+    labels = {
+        name if len(group) == 1 else f"{name}[{i}]": gram
+        for name, group in groups.items()
+        for i, gram in enumerate(group)
+    }
+    for label, gram in labels.items():
+        if isinstance(gram, (int, float, str)):
+            raise TypeError(
+                f"`{label}` must be a Gram matrix, got {gram!r}. Options are given by name, as "
+                f"alpha={gram!r}."
+            )
+        if not isinstance(gram, SampleGram):
+            check_gram(label, gram)
+    grams = list(labels.values())
+    if any(gram.shape[-1] != grams[0].shape[-1] for gram in grams):
         names = ", ".join(f"`{name}`" for name in groups)
         raise ValueError(
             f"All Gram matrices of {names} must be over the same n samples, "
             f"got shapes {[tuple(gram.shape) for gram in grams]}."
         )
-    check_same_device(
-        **{f"{name}[{i}]": gram for name, group in groups.items() for i, gram in enumerate(group)}
-    )
+    check_same_device(**labels)
     check_batch_dimensions(grams)
     numbers = iter(range(len(grams)))
     return grams, [tuple(islice(numbers, len(group))) for group in groups.values()]

@@ -5,10 +5,10 @@ dtype, so that results keep their digits, forward and backward, wherever they ar
 returned has the promoted dtype of the arguments, at least float32.
 """
 
-from collections.abc import Iterable, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce, wraps
 from operator import mul
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from renyi_kd._checks import (
 )
 from renyi_kd._precision import compute_dtype
 
+Bandwidth: TypeAlias = float | Tensor
 # The numbers of the matrices whose joint is meant.
 Subset: TypeAlias = tuple[int, ...]
 
@@ -85,14 +86,15 @@ def polynomial_kernel(
     return ((inner_products(x, y) + offset) ** degree).to(dtype)
 
 
-def rbf_kernel(x: Tensor, y: Tensor | None = None, *, bandwidth: float | None = None) -> Tensor:
+def rbf_kernel(x: Tensor, y: Tensor | None = None, *, bandwidth: Bandwidth | None = None) -> Tensor:
     r"""Gram matrix of :math:`\kappa(x, y) = \exp(-\lVert x - y \rVert_2^2 / (2 \sigma^2))`.
 
     Args:
         x: samples, one a row, shape `(..., n, d)`.
         y: other samples, shape `(..., m, d)`. Default: `x`.
-        bandwidth: :math:`\sigma` > 0. Default: the median Euclidean distance over the pairs
-            i < j of `x`, detached, one for each matrix of a batch; 1 if that is zero.
+        bandwidth: :math:`\sigma` > 0, a number or a tensor of shape `()` or `(..., 1, 1)`, which
+            may learn and whose values are not checked. Default: the median Euclidean distance over
+            the pairs i < j of `x`, detached, one for each matrix of a batch; 1 if that is zero.
 
     Returns:
         Gram matrix, shape `(..., n, m)`, in the promoted dtype, at least float32.
@@ -114,15 +116,16 @@ def rbf_kernel(x: Tensor, y: Tensor | None = None, *, bandwidth: float | None = 
 
 
 def laplacian_kernel(
-    x: Tensor, y: Tensor | None = None, *, bandwidth: float | None = None
+    x: Tensor, y: Tensor | None = None, *, bandwidth: Bandwidth | None = None
 ) -> Tensor:
     r"""Gram matrix of :math:`\kappa(x, y) = \exp(-\lVert x - y \rVert_1 / \sigma)`.
 
     Args:
         x: samples, one a row, shape `(..., n, d)`.
         y: other samples, shape `(..., m, d)`. Default: `x`.
-        bandwidth: :math:`\sigma` > 0. Default: the median L1 distance over the pairs i < j
-            of `x`, detached, one for each matrix of a batch; 1 if that is zero.
+        bandwidth: :math:`\sigma` > 0, a number or a tensor of shape `()` or `(..., 1, 1)`, which
+            may learn and whose values are not checked. Default: the median L1 distance over the
+            pairs i < j of `x`, detached, one for each matrix of a batch; 1 if that is zero.
 
     Returns:
         Gram matrix, shape `(..., n, m)`, in the promoted dtype, at least float32.
@@ -141,6 +144,32 @@ def laplacian_kernel(
     dtype = check_samples(x, y)
     distances = _distances_in_bandwidths(x, y, order=1.0, bandwidth=bandwidth)
     return (-distances).exp().to(dtype)
+
+
+def normalized_kernel(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the kernel divided by the lengths of its two samples, as `normalize_gram` does it.
+
+    Each entry is made of its own two samples, so that it may be evaluated tile by tile. Zero
+    samples are equal to each other and orthogonal to the rest.
+    """
+
+    @wraps(kernel)
+    def normalized(x: Tensor, y: Tensor | None = None, **options: Any) -> Tensor:
+        def squared_lengths(samples: Tensor) -> Tensor:
+            each = samples.unsqueeze(-2)
+            return kernel(each, each, **options)[..., 0, 0]
+
+        gram = kernel(x, y, **options)
+        of_x = squared_lengths(x)
+        of_y = of_x if y is None else squared_lengths(y)
+        zero_x, zero_y = (of_x == 0).unsqueeze(-1), (of_y == 0).unsqueeze(-2)
+        inverse_x = torch.where(of_x == 0, 1.0, of_x).rsqrt().unsqueeze(-1)
+        inverse_y = torch.where(of_y == 0, 1.0, of_y).rsqrt().unsqueeze(-2)
+        # The entry of a zero sample is zero. It is added here so that a NaN stays NaN.
+        of_zero = gram.detach() + (zero_x & zero_y)
+        return torch.where(zero_x | zero_y, of_zero, gram * inverse_x * inverse_y)
+
+    return normalized
 
 
 def normalize_gram(gram: Tensor) -> Tensor:
@@ -274,9 +303,17 @@ def check_samples(x: Tensor, y: Tensor | None = None) -> torch.dtype:
 
 
 def _distances_in_bandwidths(
-    x: Tensor, y: Tensor | None, *, order: float, bandwidth: float | None
+    x: Tensor, y: Tensor | None, *, order: float, bandwidth: Bandwidth | None
 ) -> Tensor:
-    if bandwidth is not None:
+    if isinstance(bandwidth, Tensor):
+        check_floating("bandwidth", bandwidth)
+        if bandwidth.ndim and bandwidth.shape[-2:] != (1, 1):
+            raise ValueError(
+                f"`bandwidth` must be a number, or a tensor of shape () or (..., 1, 1), one for "
+                f"each matrix of a batch, got shape {tuple(bandwidth.shape)}."
+            )
+        check_same_device(x=x, bandwidth=bandwidth)
+    elif bandwidth is not None:
         bandwidth = check_real("bandwidth", bandwidth, minimum=0, exclusive=True)
     double = x.double()
     between = distances(double, double if y is None else y.double(), order)
@@ -291,8 +328,15 @@ def _median_over_pairs(between: Tensor) -> Tensor:
     n = between.shape[-1]
     if n == 1:
         return between.new_ones(())
-    rows, columns = torch.triu_indices(n, n, offset=1, device=between.device)
-    pairs = between[..., rows, columns].sort(dim=-1).values
-    count = pairs.shape[-1]
-    median = (pairs[..., (count - 1) // 2] + pairs[..., count // 2]) / 2
+    if torch.compiler.is_compiling():
+        # Indices would make n constant. So all entries are sorted: n zeros of the diagonal, and
+        # each pair twice, whose median is between the two in the middle.
+        entries = between.flatten(-2).sort(dim=-1).values
+        middle = torch.arange(2, device=between.device) + (n + n * (n - 1) // 2 - 1)
+        median = entries.index_select(-1, middle).mean(dim=-1)
+    else:
+        rows, columns = torch.triu_indices(n, n, offset=1, device=between.device)
+        pairs = between[..., rows, columns].sort(dim=-1).values
+        count = pairs.shape[-1]
+        median = (pairs[..., (count - 1) // 2] + pairs[..., count // 2]) / 2
     return torch.where(median == 0, 1.0, median)[..., None, None]

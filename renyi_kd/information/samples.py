@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from renyi_kd._precision import compute_dtype
-from renyi_kd.information.kernels import check_samples, linear_kernel
+from renyi_kd.information.kernels import (
+    check_samples,
+    laplacian_kernel,
+    linear_kernel,
+    normalized_kernel,
+    polynomial_kernel,
+    rbf_kernel,
+)
+
+_OF_TWO_SAMPLES = (linear_kernel, polynomial_kernel, rbf_kernel, laplacian_kernel)
 
 
 class SampleGram:
@@ -28,15 +37,19 @@ class SampleGram:
         kernel: `linear_kernel`, `polynomial_kernel`, `rbf_kernel`, `laplacian_kernel`, or any other
             symmetric positive semi-definite kernel with their signature. It takes samples
             `(..., n, d)` and, if not the same, others `(..., m, d)`, and returns `(..., n, m)`.
-            Each entry must depend on its own two samples alone: a kernel that takes a median of
-            what it is given would take another one for each tile.
+            Each entry must depend on its own two samples alone. A kernel that takes a median of
+            what it is given, or divides by its sum, would make other entries in each tile, and is
+            refused.
+        normalize: whether samples are normalised as by `normalize_gram` (Def. 1): each entry is
+            divided by the lengths of its two samples.
         kernel_options: passed on to `kernel`. Without a `bandwidth` the median distance over all
             pairs is taken, for at most 8192 samples.
 
     Raises:
         TypeError: `x` is not a floating-point tensor, `kernel` not callable, or an option unknown.
         ValueError: the shape of `x` or an option does not fit, the kernel's result is no matrix, or
-            the kernel has parameters that require a gradient.
+            the kernel has parameters that require a gradient, or an entry depends on more than its
+            own two samples.
 
     Example:
         >>> import torch
@@ -49,7 +62,12 @@ class SampleGram:
     """
 
     def __init__(
-        self, x: Tensor, kernel: Callable[..., Tensor] = linear_kernel, **kernel_options: Any
+        self,
+        x: Tensor,
+        kernel: Callable[..., Tensor] = linear_kernel,
+        *,
+        normalize: bool = False,
+        **kernel_options: Any,
     ) -> None:
         check_samples(x)
         if not callable(kernel):
@@ -61,6 +79,10 @@ class SampleGram:
         self.kernel = kernel
         self.kernel_options = kernel_options
         self._check_kernel()
+        if normalize and kernel is linear_kernel:
+            self.x = _of_unit_length(x)
+        elif normalize and kernel not in (rbf_kernel, laplacian_kernel):  # whose lengths are one
+            self.kernel = normalized_kernel(kernel)
 
     def _check_kernel(self) -> None:
         """Try the kernel on a single sample, so that a wrong one fails here."""
@@ -78,6 +100,18 @@ class SampleGram:
             raise ValueError(
                 "`kernel` must not train parameters of its own: evaluated tile by tile it would "
                 "pass them no gradient. Give the Gram matrix itself, as `kernel(x)`."
+            )
+        if self.kernel in _OF_TWO_SAMPLES or torch.compiler.is_compiling() or self.x.is_meta:
+            return
+        two = self.x.detach()[..., :2, :].double()
+        alone = self.kernel(two[..., :1, :], two[..., -1:, :], **self.kernel_options)
+        together = self.kernel(two, **self.kernel_options)[..., :1, -1:]
+        if not torch.allclose(alone, together, rtol=1e-6, atol=1e-12, equal_nan=True):
+            raise ValueError(
+                "Each entry of `kernel` must depend on its own two samples alone, but it changes "
+                "with the samples beside them. To divide by the samples' lengths, pass "
+                "normalize=True; give a bandwidth as a number; or give the Gram matrix itself, as "
+                "`kernel(x)`."
             )
 
     def __repr__(self) -> str:
@@ -103,6 +137,14 @@ class SampleGram:
     def matrix(self) -> Tensor:
         """Make the Gram matrix, in float64, shape `(..., n, n)`."""
         return self.kernel(self.x.double(), **self.kernel_options)
+
+
+def _of_unit_length(x: Tensor) -> Tensor:
+    """Return each sample divided by its length. Zero samples share an axis of their own."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
+    zero = length == 0
+    unit = x / torch.where(zero, 1.0, length)
+    return torch.cat([unit, zero.to(unit.dtype)], dim=-1).to(x.dtype)
 
 
 Gram: TypeAlias = Tensor | SampleGram

@@ -53,6 +53,27 @@ import renyi_kd
         (lambda g: renyi_kd.linear_kernel(g[0]), ValueError, "one sample a row"),
         (lambda g: renyi_kd.linear_kernel(g, g[:, :2]), ValueError, "dimension of `x`, 3"),
         (lambda g: renyi_kd.linear_kernel(g.long()), TypeError, "`x`"),
+        (lambda g: renyi_kd.renyi_entropy(g.to_sparse()), TypeError, "dense.*sparse_coo.*to_dense"),
+        (lambda g: renyi_kd.linear_kernel(g.to_sparse()), TypeError, "`x`.*sparse_coo"),
+        (lambda g: renyi_kd.renyi_entropy(g.to(torch.float8_e5m2)), TypeError, "16, 32 or 64 bits"),
+        (
+            lambda g: renyi_kd.renyi_entropy(
+                torch.nested.nested_tensor([g, g], layout=torch.jagged)
+            ),
+            TypeError,
+            "nested.*to_padded_tensor",
+        ),
+        (lambda g: renyi_kd.linear_kernel(g.long()), TypeError, r"one_hot\(labels\)\.float\(\)"),
+        (
+            lambda g: renyi_kd.renyi_joint_entropy(g, g, 2),
+            TypeError,
+            r"`grams\[2\]`.*got 2. Options are given by name, as alpha=2",
+        ),
+        (lambda g: renyi_kd.renyi_total_correlation(g, 1.5), TypeError, r"`grams\[1\]`.*alpha=1.5"),
+        (lambda g: renyi_kd.renyi_joint_entropy(g, g[:2]), ValueError, r"`grams\[1\]` must have"),
+        (lambda g: renyi_kd.renyi_entropy(g[:2]), ValueError, "`gram` must have"),
+        (lambda g: renyi_kd.rbf_kernel(g, bandwidth=g[0]), ValueError, r"\(\.\.\., 1, 1\).*\(3,\)"),
+        (lambda g: renyi_kd.rbf_kernel(g, bandwidth=torch.tensor(1)), TypeError, "`bandwidth`"),
         (lambda g: renyi_kd.rbf_kernel(g, bandwidth=0), ValueError, "`bandwidth`"),
         (lambda g: renyi_kd.laplacian_kernel(g, bandwidth=-1.0), ValueError, "`bandwidth`"),
         (lambda g: renyi_kd.polynomial_kernel(g, degree=0), ValueError, "`degree`"),
@@ -63,3 +84,10 @@ import renyi_kd
 def test_functionals(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call(torch.eye(3))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors:UserWarning")
+def test_masked_tensors_are_refused():
+    gram = torch.eye(3)
+    with pytest.raises(TypeError, match=r"`gram` must not be a masked tensor.*Select samples"):
+        renyi_kd.renyi_entropy(torch.masked.masked_tensor(gram, gram > 0))

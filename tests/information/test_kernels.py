@@ -130,3 +130,14 @@ def test_median_bandwidth_is_a_constant_of_the_gradient(kernel):
         for bandwidth in (None, median)
     ]
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kernel", [renyi_kd.rbf_kernel, renyi_kd.laplacian_kernel])
+def test_a_bandwidth_may_be_a_tensor_that_learns(kernel):
+    x = torch.randn(2, 6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    bandwidth = torch.tensor([1.3, 0.7], dtype=torch.float64)[:, None, None].requires_grad_()
+    gram = kernel(x, bandwidth=bandwidth)
+    for k in range(2):
+        torch.testing.assert_close(gram[k], kernel(x[k], bandwidth=bandwidth[k].item()))
+        torch.testing.assert_close(gram[k], kernel(x[k], bandwidth=bandwidth[k, 0, 0]))
+    assert torch.autograd.gradcheck(lambda b: kernel(x, bandwidth=b), bandwidth)

@@ -226,6 +226,49 @@ def test_repr():
     assert repr(gram) == ("SampleGram(<torch.float32 of shape (3, 2)>, rbf_kernel, bandwidth=0.5)")
 
 
+NOT_OF_TWO_SAMPLES = {
+    "normalised": lambda a, b=None: renyi_kd.normalize_gram(
+        renyi_kd.polynomial_kernel(a, b, degree=2)
+    ),
+    "of a median": lambda a, b=None: renyi_kd.rbf_kernel(a, b),
+    "divided by its sum": lambda a, b=None: renyi_kd.linear_kernel(a, b).softmax(dim=-1),
+    "centred": lambda a, b=None: renyi_kd.linear_kernel(a - a.mean(dim=-2, keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("kernel", NOT_OF_TWO_SAMPLES)
+def test_kernels_whose_entries_change_with_other_samples_are_refused(kernel):
+    with pytest.raises(ValueError, match=r"own two samples alone.*normalize=True"):
+        SampleGram(X, NOT_OF_TWO_SAMPLES[kernel])
+
+
+@pytest.mark.parametrize("n", [40, 600])
+@pytest.mark.parametrize("alpha", [0.5, 2, 3])
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [
+        (renyi_kd.linear_kernel, {}),
+        (renyi_kd.polynomial_kernel, {"degree": 2}),
+        (renyi_kd.rbf_kernel, {"bandwidth": 1.0}),
+        (lambda a, b=None: renyi_kd.polynomial_kernel(a, b, degree=3), {}),
+    ],
+    ids=["linear", "polynomial", "rbf", "own"],
+)
+def test_normalised_samples(kernel, options, alpha, n):
+    """Def. 1, two zero samples included."""
+    x = X[:n].double()
+    x[[3, 5]] = 0
+    leaves = x.clone().requires_grad_(), x.clone().requires_grad_()
+    of_samples = SampleGram(leaves[0], kernel, normalize=True, **options)
+    value = renyi_kd.renyi_entropy(of_samples, alpha)
+    expected = renyi_kd.renyi_entropy(renyi_kd.normalize_gram(kernel(leaves[1], **options)), alpha)
+    assert value.item() == pytest.approx(expected.item(), abs=1e-9)
+    kept = [k for k in range(n) if k not in (3, 5)]
+    pairs = zip((value, expected), leaves, strict=True)
+    gradients = [torch.autograd.grad(*pair)[0][kept] for pair in pairs]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("alpha", [0.5, 1, 1.5, 2, 3, 5])
 @pytest.mark.parametrize("kernel", SAMPLE_KERNELS)

@@ -137,7 +137,8 @@ def _entropies_without_dual(
     matrices = [as_matrix(gram) for gram in grams]
     # torch.compile fuses the plain operators, which is as good as going by tiles.
     large = large and not torch.compiler.is_compiling()
-    if method == "frobenius" and large and len({matrix.shape for matrix in matrices}) == 1:
+    alike = all(matrix.shape == matrices[0].shape for matrix in matrices)
+    if method == "frobenius" and large and alike:
         return entropies_of_matrices(matrices, subsets).unbind()
     errors = [
         # Samples are taken as they are; the entries of a given matrix have been rounded.

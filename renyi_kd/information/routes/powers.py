@@ -202,8 +202,10 @@ def _symmetric_part(gram: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _inner_product(left: Tensor, right: Tensor) -> Tensor:
     """Return the sum of the products of the entries, in float64, some rows at a time."""
-    rows = _ROWS if left.is_cpu and left.dtype != torch.float64 else left.shape[-2]
-    blocks = zip(*(torch.split(x, rows, dim=-2) for x in (left, right)), strict=True)
+    blocks = [(left, right)]
+    if left.is_cpu and left.dtype != torch.float64:
+        parts = (torch.split(x, _ROWS, dim=-2) for x in (left, right))
+        blocks = list(zip(*parts, strict=True))
     sums: list[Tensor] = [
         torch.linalg.vecdot(a.flatten(-2).double(), b.flatten(-2).double()) for a, b in blocks
     ]

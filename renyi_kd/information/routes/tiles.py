@@ -189,7 +189,7 @@ def _tiled_kernel(gram: SampleGram) -> tuple[TiledKernel, Tensor]:
 
 
 def _bandwidth(gram: SampleGram, order: float) -> Tensor | float:
-    bandwidth: float | None = gram.kernel_options.get("bandwidth")
+    bandwidth: Tensor | float | None = gram.kernel_options.get("bandwidth")
     if bandwidth is not None:
         return bandwidth
     n = gram.shape[-1]
