@@ -1,7 +1,13 @@
 """Matrix-based Rényi information functionals and the InfoSAM distillation loss for PyTorch."""
 
+import warnings
 from importlib import import_module
 from importlib.util import find_spec
+
+with warnings.catch_warnings():
+    # PyTorch warns where NumPy is absent, of which nothing here makes use.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    import torch  # noqa: F401
 
 from renyi_kd.information import (
     Estimate,

@@ -1,6 +1,7 @@
 """Imports inside the library run downwards, in the order in which each wing names its files."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -86,6 +87,15 @@ def test_the_library_imports_without_triton_and_without_a_warning():
     code = "import sys; sys.modules['triton'] = None; import renyi_kd; "
     code += "assert 'renyi_kd._triton' not in sys.modules"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_the_library_imports_without_numpy_and_without_a_warning():
+    code = "import sys; sys.modules['numpy'] = None; import renyi_kd, torch; "
+    code += "renyi_kd.renyi_entropy(renyi_kd.rbf_kernel(torch.ones(3, 2)), 3)"
+    # Triton's interpreter is the one part that needs it.
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "error", "-c", code]
+    subprocess.run(command, check=True, env=environment)
 
 
 def test_the_core_imports_torch_and_einops_alone():

@@ -5,6 +5,8 @@ which imports only those before it: operators (fast forms), features, relation, 
 distiller.
 """
 
+from torch.serialization import add_safe_globals
+
 from renyi_kd.infosam.distiller import InfoSAMDistiller
 from renyi_kd.infosam.features import FeatureCollector, Features
 from renyi_kd.infosam.relation import DotProductRelation, RelationModule
@@ -19,3 +21,6 @@ __all__ = [
     "RelationModule",
     "infosam_terms",
 ]
+
+# Tuples of tensors, which `torch.load` may make of a file by default: a cache of features, a log.
+add_safe_globals([Features, InfoSAMTerms])

@@ -1,7 +1,6 @@
 """The InfoSAM loss as a module that holds the relation of teacher and student (Eq. 14)."""
 
 from typing import Any, TypeAlias
-from weakref import ref
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -10,7 +9,13 @@ from torch.func import functional_call
 from renyi_kd._checks import check_alpha, check_integer, check_real
 from renyi_kd._precision import compute_dtype
 from renyi_kd.infosam.features import Features
-from renyi_kd.infosam.processes import averaging_gradients, broadcast, check_group
+from renyi_kd.infosam.processes import (
+    GroupReference,
+    averaging_gradients,
+    broadcast,
+    check_group,
+    telling_ranks,
+)
 from renyi_kd.infosam.relation import RelationModule, flatten_features
 from renyi_kd.infosam.terms import InfoSAMTerms, check_batches, infosam_losses, infosam_terms
 
@@ -92,7 +97,7 @@ class InfoSAMDistiller(nn.Module):
         process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
         super().__init__()
-        check_group(process_group)
+        check_group(process_group)  # before anything is made
         self.dim = check_integer("dim", dim, minimum=1)
         self.alpha = check_alpha(alpha)
         self.compression_weight = check_real("compression_weight", compression_weight, minimum=0)
@@ -101,9 +106,7 @@ class InfoSAMDistiller(nn.Module):
             raise TypeError(f"`relation` must be a torch.nn.Module, got {type(relation).__name__}.")
         self.relation = RelationModule(dim) if relation is None else relation
         self.distillation_trains_relation = distillation_trains_relation
-        self._process_group = None if process_group is None else ref(process_group)
-        if process_group is not None:
-            broadcast(self.relation, process_group)
+        self.process_group = process_group
 
     @property
     def process_group(self) -> "dist.ProcessGroup | None":
@@ -112,8 +115,19 @@ class InfoSAMDistiller(nn.Module):
             return None
         group = self._process_group()
         if group is None:
-            raise RuntimeError("The process group of the distiller has been destroyed.")
+            raise RuntimeError(
+                "The process group of the distiller has been destroyed, or the distiller comes "
+                "from a file, which holds none. Set distiller.process_group to a group, or to None "
+                "for the samples of this process alone."
+            )
         return group
+
+    @process_group.setter
+    def process_group(self, process_group: "dist.ProcessGroup | None") -> None:
+        check_group(process_group)
+        self._process_group = None if process_group is None else GroupReference(process_group)
+        if process_group is not None:
+            broadcast(self.relation, process_group)
 
     def forward(self, teacher: FeaturePair, student: FeaturePair) -> Tensor:
         """Compute the loss, a scalar; see `terms`."""
@@ -137,7 +151,9 @@ class InfoSAMDistiller(nn.Module):
             ValueError: shapes, batch sizes or devices do not fit, fewer than two samples, or the
                 teacher requires a gradient while the student does not.
         """
-        samples = self._relations_and_features(teacher, student)
+        names = "teacher_relation", "student_relation", "image_embedding", "mask_tokens"
+        with telling_ranks(self.process_group, names):
+            samples = self._relations_and_features(teacher, student)
         return infosam_terms(*samples, **self._options())
 
     def extra_repr(self) -> str:
@@ -161,7 +177,7 @@ class InfoSAMDistiller(nn.Module):
                 "not. The arguments are probably swapped: call distiller(teacher, student)."
             )
         # The batch is checked before the relations are computed, so that a bad one costs nothing.
-        at_least = 2 if self.process_group is None else 1
+        at_least = 2 if self.process_group is None else 0
         check_batches({"teacher": teacher_pixels, "student": student_pixels}, at_least)
 
         teacher_pixels, teacher_tokens = teacher_pixels.detach(), teacher_tokens.detach()

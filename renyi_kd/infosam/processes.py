@@ -10,6 +10,8 @@ average the gradients of the ranks. Each rank computes the part of the gradient 
 have, which is to be summed over the ranks, so it is multiplied by their number here.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import ref
 
@@ -20,6 +22,9 @@ from torch.autograd.function import once_differentiable
 
 from renyi_kd._precision import compute_dtype
 from renyi_kd.infosam.operators.batch_gram import in_memory_order, memory_order
+
+# What a rank says in place of its number of samples after an error.
+_FAILED = -1
 
 
 def check_group(process_group: object) -> None:
@@ -38,6 +43,42 @@ def check_group(process_group: object) -> None:
     )
 
 
+class GroupReference:
+    """A weak reference to a group. A copy has the same one; a file holds none.
+
+    It is weak, since a process that still holds a group when it ends may abort.
+    """
+
+    def __init__(self, group: "dist.ProcessGroup | None" = None) -> None:
+        self._group = None if group is None else ref(group)
+
+    def __call__(self) -> "dist.ProcessGroup | None":
+        """Return the group, or None if there is none any more."""
+        return None if self._group is None else self._group()
+
+    def __deepcopy__(self, memo: object) -> "GroupReference":
+        return self
+
+    def __reduce__(self) -> tuple[type["GroupReference"], tuple[()]]:
+        return GroupReference, ()
+
+
+@contextmanager
+def telling_ranks(group: "dist.ProcessGroup | None", names: Iterable[str]) -> Iterator[None]:
+    """Make an error inside, which comes before all that ranks exchange, one on all ranks.
+
+    Args:
+        group: the ranks; None: there are no others.
+        names: of the samples that `slices_over_ranks` would be given.
+    """
+    try:
+        yield
+    except Exception:
+        if group is not None:
+            _gather([_FAILED] * (3 + len(list(names))), group)
+        raise
+
+
 def slices_over_ranks(
     samples: dict[str, Tensor], options: tuple[float, ...], group: "dist.ProcessGroup"
 ) -> dict[str, Tensor]:
@@ -54,6 +95,7 @@ def slices_over_ranks(
     Raises:
         ValueError: on all ranks, if one has samples of another shape or dtype than the others, or
             other options.
+        RuntimeError: on all other ranks, if one has raised an error inside of `telling_ranks`.
     """
     sizes, one_layout = _agree(samples, options, group)
     # The large embedding travels alone. So it keeps its dtype, and the order of its features in
@@ -108,16 +150,17 @@ def _agree(
     embedding = samples["image_embedding"]
     # Python salts the hashes of strings, but those of numbers are the same in every process.
     kinds = [hash((*x.shape[1:], torch.finfo(x.dtype).eps)) for x in samples.values()]
-    # The CPU needs the sizes now. If the group can send from there, it need not wait for the GPU.
-    mine = torch.tensor(
-        [len(embedding), hash(tuple(memory_order(embedding))), hash(options), *kinds],
-        device="cpu" if _sends_from_cpu(group) else embedding.device,
+    found = _gather(
+        [len(embedding), hash(tuple(memory_order(embedding))), hash(options), *kinds], group
     )
-    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(found, mine, group=group)
-    sizes, layouts, options_of_ranks, *kinds_of_ranks = torch.stack(found, dim=1).tolist()
+    sizes, layouts, options_of_ranks, *kinds_of_ranks = found
 
     rank = dist.get_rank(group)
+    if failed := [str(r) for r, size in enumerate(sizes) if size == _FAILED]:
+        raise RuntimeError(
+            f"Rank {', '.join(failed)} raised an error before its samples could be compared with "
+            f"those of this rank, {rank}. See its output."
+        )
     if len(set(options_of_ranks)) > 1:
         raise ValueError(
             f"`alpha` and the other options must be the same on all ranks, got {options} on this "
@@ -131,7 +174,18 @@ def _agree(
                 f"{tuple(x.shape[1:])} and {x.dtype} on this rank, {rank}, but not on "
                 f"{', '.join(differing)}."
             )
-    return sizes, len(set(layouts)) == 1
+    layouts_of_samples = {layout for layout, size in zip(layouts, sizes, strict=True) if size}
+    return sizes, len(layouts_of_samples) == 1 and layouts[rank] in layouts_of_samples
+
+
+def _gather(mine: list[int], group: "dist.ProcessGroup") -> list[list[int]]:
+    """Return each number of all ranks in turn."""
+    # The CPU needs them now. If the group can send from there, it need not wait for the GPU.
+    numbers = torch.tensor(mine, device="cpu" if _sends_from_cpu(group) else "cuda")
+    found = [torch.empty_like(numbers) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, numbers, group=group)
+    gathered: list[list[int]] = torch.stack(found, dim=1).tolist()
+    return gathered
 
 
 def _sends_from_cpu(group: "dist.ProcessGroup") -> bool:
@@ -184,7 +238,8 @@ class _Exchange(torch.autograd.Function):
         dist.all_to_all_single(
             received, grad.contiguous().view(-1), from_each, to_each, group=group
         )
-        pieces = [piece.view(size, -1) for piece in torch.split(received, from_each)]
+        parts = zip(torch.split(received, from_each), ctx.widths, strict=True)
+        pieces = [piece.view(size, own) for piece, own in parts]
         return torch.cat(pieces, dim=1), None, None, None
 
 

@@ -22,6 +22,7 @@ from renyi_kd.infosam.processes import (
     mean_over_ranks,
     slices_over_ranks,
     sum_over_ranks,
+    telling_ranks,
 )
 
 
@@ -162,8 +163,10 @@ def infosam_losses(
         "mask_tokens": mask_tokens,
     }
     check_group(process_group)
-    check_batches(samples, at_least=2 if process_group is None else 1)
-    alpha = check_alpha(alpha)
+    with telling_ranks(process_group, samples):
+        # A rank may have no sample, if the others have two.
+        check_batches(samples, at_least=2 if process_group is None else 0)
+        alpha = check_alpha(alpha)
     if process_group is not None:
         options = alpha, compression_weight, distillation_weight, distillation_trains_relation
         samples = slices_over_ranks(samples, options, process_group)

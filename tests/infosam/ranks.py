@@ -69,6 +69,10 @@ CASES = {
     "more tokens and pixels": Case(student="more"),
     "bfloat16 teacher": Case(teacher_dtype=torch.bfloat16),
     "layouts that differ": Case(layouts=True),
+    "none on the last": Case(shares="none on the last"),
+    "none on the last, functional form": Case(
+        shares="none on the last", through="infosam_terms", layouts=True
+    ),
     "accumulated": Case(batches=3),
     "SAM": Case(torch.float32, student="SAM"),
     "checkpointed SAM": Case(torch.float32, student="checkpointed SAM"),
@@ -86,6 +90,8 @@ FAST_CASES = [
     "odd relation",
     "bfloat16 teacher",
     "layouts that differ",
+    "none on the last",
+    "none on the last, functional form",
     "accumulated",
     "checkpointed SAM",
 ]
@@ -153,9 +159,12 @@ def make_student(kind: str) -> nn.Module:
 
 def numbers_of_samples(shares: str, world: int) -> list[int]:
     """Samples of each rank."""
-    return {"one": [1] * world, "two": [2] * world, "ragged": [1 + r % 3 for r in range(world)]}[
-        shares
-    ]
+    return {
+        "one": [1] * world,
+        "two": [2] * world,
+        "ragged": [1 + r % 3 for r in range(world)],
+        "none on the last": [2] * (world - 1) + [0],
+    }[shares]
 
 
 def compute(case: Case, world: int, group: Any = None) -> Results:
@@ -277,6 +286,10 @@ def features(pixels: int = 6) -> tuple[Tensor, Tensor]:
     return torch.randn(2, D, pixels, 5), torch.randn(2, 1, D)
 
 
+def raising(*_: object) -> None:
+    raise ArithmeticError("of this rank alone")
+
+
 def misfortune(kind: str) -> None:
     """The last rank does what `kind` says in the second step."""
     distiller = InfoSAMDistiller(D, process_group=dist.group.WORLD)
@@ -288,6 +301,10 @@ def misfortune(kind: str) -> None:
     if last and kind == "stay-away":
         time.sleep(60)
     teacher = features(7) if last and kind == "differ" else features()
+    if last and kind == "integers":
+        teacher = teacher[0].long(), teacher[1]
+    if last and kind == "raising":
+        distiller.relation.register_forward_hook(raising)
     if last and kind == "differ-in-alpha":
         distiller.alpha = 3.0
     try:
@@ -295,8 +312,11 @@ def misfortune(kind: str) -> None:
         if last and kind == "die-in-backward":
             loss.register_hook(lambda grad: os._exit(3))
         loss.backward()
-    except ValueError as error:
-        print(error, flush=True)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        if kind not in ("differ", "differ-in-alpha", "integers", "raising"):
+            raise
+        print(type(error).__name__, error, flush=True)
+        distiller.relation._forward_hooks.clear()
         # The group is as good as before.
         distiller.alpha = 2.0
         distiller(features(), student).backward()

@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from renyi_kd import FeatureCollector, InfoSAMDistiller
+from renyi_kd import FeatureCollector, Features, InfoSAMDistiller
 
 BUILDERS = {
     "sam": tiny_sam,
@@ -681,3 +681,15 @@ def test_unknown_tokens_are_refused(model):
     with pytest.raises(ValueError, match="`tokens` must be one of 'single', 'all', got 'multi'"):
         FeatureCollector(model, tokens="multi")
     assert count_hooks(model) == before
+
+
+def test_a_file_of_features_or_terms_loads_by_default():
+    values = Features(torch.ones(2, 3, 4, 4), torch.ones(2, 1, 3))
+    terms = InfoSAMDistiller(3).terms(values, values)
+    file = io.BytesIO()
+    torch.save([values, terms], file)
+    file.seek(0)
+    loaded, loaded_terms = torch.load(file)
+    assert isinstance(loaded, Features)
+    torch.testing.assert_close(loaded, values)
+    torch.testing.assert_close(loaded_terms, terms, equal_nan=True)

@@ -1,6 +1,7 @@
 """The loss over several processes against one process with all of the samples."""
 
 import copy
+import io
 import os
 import socket
 import subprocess
@@ -146,10 +147,23 @@ def test_what_differs_on_a_rank_is_an_error_on_all(kind, complaint) -> None:
         assert process.returncode == 4, stderr
         messages.append(stdout)
     for rank, message in enumerate(messages):
-        assert message.startswith(complaint)
+        assert message.startswith(f"ValueError {complaint}")
         assert f"on this rank, {rank}" in message
         if kind == "differ":
             assert f"but not on {'0, 1' if rank == 2 else 2}." in message
+
+
+@over("kind, complaint", [("integers", "TypeError")], slow=[("raising", "ArithmeticError")])
+def test_an_error_of_one_rank_is_one_on_all(kind, complaint) -> None:
+    """Within seconds, and the group is as good as before."""
+    *others, last = start(kind, 3)
+    for process in others:
+        stdout, stderr = process.communicate(timeout=60)
+        assert process.returncode == 4, stderr
+        assert stdout.startswith("RuntimeError Rank 2 raised an error before its samples")
+    stdout, stderr = last.communicate(timeout=60)
+    assert last.returncode == 4, stderr
+    assert stdout.startswith(complaint)
 
 
 # One process
@@ -195,6 +209,24 @@ def test_a_copy_shares_the_group(group) -> None:
     assert "process_group=<torch" in repr(copied)
 
 
+def test_a_file_holds_no_group(group) -> None:
+    _, distiller = distillers(group)
+    file = io.BytesIO()
+    torch.save(distiller, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    with pytest.raises(RuntimeError, match=r"file, which holds none. Set distiller.process_group"):
+        loaded(samples(3, 0), samples(3, 1))
+    assert "process_group=None" in repr(loaded)
+    expected = distiller(samples(3, 0), samples(3, 1))
+    loaded.process_group = group
+    torch.testing.assert_close(loaded(samples(3, 0), samples(3, 1)), expected)
+    loaded.process_group = None
+    torch.testing.assert_close(loaded(samples(3, 0), samples(3, 1)), expected)
+    with pytest.raises(TypeError, match="`process_group` must be"):
+        loaded.process_group = 3
+
+
 def test_compiled(group) -> None:
     alone, distiller = distillers(group)
     teacher, student = samples(3, 0), samples(3, 1)
@@ -206,7 +238,7 @@ def test_the_samples_of_all_ranks_are_counted(group) -> None:
     _, distiller = distillers(group)
     with pytest.raises(ValueError, match="at least 2 samples, got 1"):
         distiller(samples(1, 0), samples(1, 1))
-    with pytest.raises(ValueError, match="at least 1 sample, got 0"):
+    with pytest.raises(ValueError, match="at least 2 samples, got 0"):
         distiller(samples(0, 0), samples(0, 1))
 
 
