@@ -75,15 +75,43 @@ def test_images_that_use_few_of_16_bits(folder: Path) -> None:
         values = rng.integers(0, 4096, (HEIGHT, WIDTH), dtype=np.uint16)
         Image.fromarray(values).save(folder / f"{i}.png")
     splits = read_tables(folder)
-    with pytest.raises(DataError, match=r"of 65535: have they fewer bits.* 0 4095, or") as error:
-        check(splits)
-    (problem,) = error.value.problems
-    assert problem.kind == "images of fewer bits"
-    for image_range in ((0, 4095), (0, 65535)):
-        report = check(splits, Reading(image_range=image_range))
-        assert f"images: 8 of range 0 to {image_range[1]}" in report.lines
+    # One that uses all bits says nothing about the others.
     Image.fromarray(np.full((HEIGHT, WIDTH), 40000, dtype=np.uint16)).save(folder / "7.png")
-    check(splits)  # the others are dark
+    with pytest.raises(DataError, match=r"of 65535: has it fewer bits.* 0 4095, or") as error:
+        check(splits)
+    assert len(error.value.problems) == 7
+    report = check(splits, Reading(image_range=(0, 65535)))
+    assert "images: 8 of range 0 to 65535" in report.lines
+
+
+def turn(path: Path, orientation: int, side: int | None = None) -> None:
+    """Save a picture, perhaps as a square, with an orientation in EXIF."""
+    image, exif = Image.open(path), Image.Exif()
+    exif[0x0112] = orientation
+    image = image.resize((side, side) if side else image.size)
+    image.save(path, exif=exif)
+
+
+def test_turned_images_are_counted(folder: Path) -> None:
+    for name in ("1.png", "1_mask.png"):
+        turn(folder / name, 3)
+    # A mask that was drawn on the upright image has its size, and no need of EXIF.
+    turn(folder / "2.png", 6)
+    Image.fromarray(np.rot90(MASK, 3).copy()).save(folder / "2_mask.png")
+    report = check(read_tables(folder))
+    assert "images: 8 of 8 bits, 2 turned upright as EXIF says" in report.lines
+    assert "masks: 8 of values 0 and 1, 1 turned upright as EXIF says" in report.lines
+
+
+@pytest.mark.parametrize(("orientation", "side"), [(2, None), (3, None), (6, 30), (8, 30)])
+@pytest.mark.parametrize("turned", ["1.png", "1_mask.png"])
+def test_an_image_is_turned_with_its_mask(
+    turned: str, orientation: int, side: int | None, folder: Path
+) -> None:
+    for name in ("1.png", "1_mask.png"):
+        turn(folder / name, orientation if name == turned else 1, side)
+    with pytest.raises(DataError, match=r"train\.csv line 3: EXIF turns .*1.png and its mask"):
+        check(read_tables(folder))
 
 
 def write(name: str, content: bytes) -> Callable[[Path], object]:

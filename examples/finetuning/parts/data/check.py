@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from parts.data.reading import (
-    DEEP,
     TWO_VALUED,
-    UNREADABLE,
+    UPRIGHT,
+    ContentError,
     ReadImage,
     Reading,
     ReadMask,
@@ -29,10 +30,9 @@ from parts.data.tables import DataError, Problem, Row, Splits, read_folders, rea
 from parts.errors import describe
 from parts.files import digest
 
-# Images that use less than this share of 16 bits have fewer, and would come out nearly black.
-LEAST_SHARE = 0.25
 FEW_TESTS = 10
 LISTED = 5  # kinds of files, in the report
+SIDEWAYS = range(5, 9)  # orientations of EXIF that exchange width and height
 
 NOTHING = np.zeros((0, 0), dtype=bool)
 
@@ -88,13 +88,13 @@ def check(splits: Splits, reading: Reading = TWO_VALUED) -> Report:
         # The pictures themselves are not kept, but for what is said about them.
         checked = list(tqdm(found, "checking the data", len(rows), ncols=80))
     problems = [problem for row in checked for problem in row.problems]
-    problems += leaks(splits, checked) + shallow(rows, checked, reading)
+    problems += leaks(splits, checked)
     if problems:
         raise DataError(problems)
     lines = [
         ", ".join(f"{len(members)} images for {split}" for split, members in splits.items()),
-        summary("images", (row.image.kind for row in checked if row.image is not None)),
-        summary("masks", (row.mask.kind for row in checked if row.mask is not None)),
+        summary("images", [row.image for row in checked if row.image is not None]),
+        summary("masks", [row.mask for row in checked if row.mask is not None]),
     ]
     if len(splits["test"]) < FEW_TESTS:
         lines.append(
@@ -113,21 +113,28 @@ def check_row(row: Row, reading: Reading) -> Checked:
     try:
         image = read_image(row.image, reading)
         digests[0] = digest(row.image)
-    except UNREADABLE as error:
+    except (ContentError, OSError) as error:
         problems.append(unreadable(row.source, "image", row.image, error))
     try:
         mask = read_mask(row.label, reading)
         digests[1] = digest(row.label)
-    except UNREADABLE as error:
+    except (ContentError, OSError) as error:
         problems.append(unreadable(row.source, "mask", row.label, error))
     if mask is not None and not mask.object.any():
-        problems.append(
-            Problem("an empty mask", f"{row.source}: mask {row.label} is empty, {mask.kind}")
-        )
+        text = f"mask {row.label} is empty, {mask.kind}; leave it and its image out"
+        problems.append(Problem("an empty mask", f"{row.source}: {text}"))
     if image is not None and mask is not None and image.rgb.shape[:2] != mask.object.shape:
         (h, w), (mask_h, mask_w) = image.rgb.shape[:2], mask.object.shape
         text = f"{row.image} is {w} x {h} and its mask {row.label} {mask_w} x {mask_h}"
         problems.append(Problem("an image and its mask of two sizes", f"{row.source}: {text}"))
+    if image is not None and mask is not None and image.turned != mask.turned:
+        h, w = mask.object.shape
+        # Where one of them was turned on its side, their equal sizes say that both are upright.
+        if h == w or (image.turned in SIDEWAYS) == (mask.turned in SIDEWAYS):
+            kind = "an image and its mask that EXIF turns differently"
+            text = f"EXIF turns {row.image} and its mask {row.label} differently"
+            remedy = "save both as they should be seen, without an orientation in EXIF"
+            problems.append(Problem(kind, f"{row.source}: {text}; {remedy}"))
     return Checked(
         problems,
         None if image is None else image._replace(rgb=NOTHING),
@@ -140,11 +147,20 @@ def unreadable(source: str, what: str, path: Path, error: Exception) -> Problem:
     """Return why a file cannot be used, which is an image or a mask and named in a row."""
     if isinstance(error, FileNotFoundError):
         return Problem(f"a missing {what}", f"{source}: {what} {path} is missing")
-    if type(error) is ValueError:  # the words of the rule for images and masks
+    if isinstance(error, ContentError):
         kind = f"a {what} that holds something else"
         return Problem(kind, f"{source}: {what} {path} holds {error}")
-    reason = describe(error) if isinstance(error, OSError) else str(error).splitlines()[0]
-    return Problem(f"an unreadable {what}", f"{source}: {what} {path} cannot be read: {reason}")
+    text = f"{source}: {what} {path} cannot be read: {why(error)}"
+    return Problem(f"an unreadable {what}", text)
+
+
+def why(error: Exception) -> str:
+    """Return why Pillow cannot read a file, and what to do."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it has no format that Pillow knows; save it as PNG, JPEG or TIFF"
+    if isinstance(error.__cause__, Image.DecompressionBombError):
+        return f"{error}; cut it into smaller pictures"
+    return describe(error) if isinstance(error, OSError) else str(error)
 
 
 def leaks(splits: Splits, checked: list[Checked]) -> list[Problem]:
@@ -164,29 +180,14 @@ def leaks(splits: Splits, checked: list[Checked]) -> list[Problem]:
     return problems
 
 
-def shallow(rows: list[Row], checked: list[Checked], reading: Reading) -> list[Problem]:
-    """Return that images of 16 bits have fewer, if all of them together use so little."""
-    deep = [
-        (row.image.largest, place)
-        for row, place in zip(checked, rows, strict=True)
-        if row.image is not None and row.image.largest is not None
-    ]
-    if reading.image_range is not None or not deep or max(deep)[0] >= LEAST_SHARE * DEEP:
-        return []
-    largest, row = max(deep)
-    text = (
-        f"{row.source}: image {row.image} has the largest value of {len(deep)} images of 16 bits, "
-        f"{largest:g} of {DEEP}: have they fewer bits? Give their range, such as --image-range 0 "
-        f"{2 ** int(largest).bit_length() - 1}, or --image-range 0 {DEEP} if they are so dark"
-    )
-    return [Problem("images of fewer bits", text)]
-
-
-def summary(what: str, kinds: Iterable[str]) -> str:
-    """Return how many files there are of each kind."""
-    most = Counter(kinds).most_common()
+def summary(what: str, files: Sequence[ReadImage | ReadMask]) -> str:
+    """Return how many files there are of each kind, and how many were turned."""
+    most = Counter(file.kind for file in files).most_common()
     lines = [f"{count} of {kind}" for kind, count in most[:LISTED]]
     others = most[LISTED:]
     if others:
         lines.append(f"{sum(count for _, count in others)} of {len(others)} other kinds")
+    turned = sum(file.turned != UPRIGHT for file in files)
+    if turned:
+        lines.append(f"{turned} turned upright as EXIF says")
     return f"{what}: {', '.join(lines)}"

@@ -8,6 +8,7 @@ says which values are foreground, which are ignored, and which range an image ha
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,15 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 from scipy.ndimage import maximum_filter, minimum_filter
 
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+from parts.errors import first_line
+
+# A model sees large pictures scaled down. Pillow still refuses those that are twice as large.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
 Values = NDArray[np.generic]
 Mask = NDArray[np.bool_]
 
@@ -32,6 +38,9 @@ JPEG_BLOCK = 8  # pixels, how far what JPEG leaves reaches
 # A channel of a grey picture may differ from the others by so much in a JPEG file.
 COLOUR_RESIDUE = 8
 DEEP = 65535  # the largest value of 16 bits
+# Images that use less than this share of 16 bits have fewer, and would come out nearly black.
+LEAST_SHARE = 0.25
+UPRIGHT = 1  # how EXIF says that a picture needs no turning
 
 
 @dataclass(frozen=True)
@@ -59,12 +68,16 @@ def reading_of(options: argparse.Namespace) -> Reading:
     return Reading(options.foreground, options.ignore, options.image_range)
 
 
+class ContentError(ValueError):
+    """A file holds what the rules do not allow; the message says what, and what to do."""
+
+
 class ReadImage(NamedTuple):
     """An image as it was read."""
 
     rgb: NDArray[np.uint8]  # (H, W, 3), upright
     kind: str  # what the file holds, in words
-    largest: float | None  # of images with more than 8 bits, the largest value before scaling
+    turned: int  # the orientation of EXIF, by which it was turned upright
 
 
 class ReadMask(NamedTuple):
@@ -73,47 +86,81 @@ class ReadMask(NamedTuple):
     object: Mask  # (H, W), upright
     known: Mask  # (H, W), False where the values are ignored
     kind: str  # what the file holds, in words
+    turned: int  # the orientation of EXIF, by which it was turned upright
+
+
+class _Loaded(NamedTuple):
+    upright: Image.Image
+    format: str | None
+    turned: int
 
 
 def read_image(path: Path, reading: Reading = TWO_VALUED) -> ReadImage:
     """Read a picture as RGB of 8 bits.
 
     Raises:
-        ValueError: If it has several pages or frames, an alpha channel that varies, or values whose
-            range is not known.
-        OSError, SyntaxError: If Pillow cannot read it.
+        ContentError: If it has several pages or frames, an alpha channel that varies, colours of 16
+            bits, or values whose range is not known.
+        OSError: If Pillow cannot read it.
     """
-    with Image.open(path) as file:
-        # A camera keeps a preview behind the picture in a file of the format MPO.
-        _refuse_frames(file, allowed=file.format == "MPO")
-        upright = ImageOps.exif_transpose(file)
-        if upright.mode.startswith("I") or upright.mode == "F":
-            return _read_deep(np.asarray(upright), upright.mode, reading)
-        if any(";16" in str(tile[-1]) for tile in getattr(file, "tile", ())):
-            raise ValueError("colours of 16 bits cannot be read; save it with 8 bits a channel")
-        if upright.has_transparency_data:
-            alpha = np.asarray(upright.convert("RGBA").getchannel("A"))
-            if (alpha != alpha.flat[0]).any():
-                raise ValueError("an alpha channel that varies; put it on a background first")
-        return ReadImage(np.array(upright.convert("RGB")), "8 bits", None)
+    upright, _, turned = _load(path)
+    if _is_deep(upright.mode):
+        return ReadImage(*_read_deep(np.asarray(upright), upright.mode, reading), turned)
+    if upright.has_transparency_data:
+        alpha = np.asarray(upright.convert("RGBA").getchannel("A"))
+        if (alpha != alpha.flat[0]).any():
+            raise ContentError("an alpha channel that varies; put it on a background first")
+    return ReadImage(np.array(upright.convert("RGB")), "8 bits", turned)
 
 
-def _read_deep(values: Values, mode: str, reading: Reading) -> ReadImage:
+def _load(path: Path) -> _Loaded:
+    """Load a file of one picture, whose values are all there, and turn it upright."""
+    try:
+        # Of a TIFF that it opens by name, Pillow maps the file and ignores the orientation.
+        with path.open("rb") as stream, Image.open(stream) as file:
+            frames = getattr(file, "n_frames", 1)
+            # A camera keeps a preview behind the picture in a file of the format MPO.
+            if frames > 1 and file.format != "MPO":
+                raise ContentError(f"{frames} pages or frames; save each as a file of its own")
+            tags = file.tag_v2 if isinstance(file, TiffImageFile) else {}
+            deep = _is_deep(file.mode)
+            # Pillow loads these as 8 bits. It forgets what it has read when it loads them.
+            if not deep and (";16" in str(file.tile) or max(tags.get(BITSPERSAMPLE, [8])) > 8):
+                raise ContentError("colours of 16 bits; save it with 8 bits a channel")
+            if deep and tags.get(PHOTOMETRIC_INTERPRETATION) == 0:
+                raise ContentError("values of which 0 is white; save it so that 0 is black")
+            turned = file.getexif().get(ExifTags.Base.Orientation)
+            turned = turned if turned in range(UPRIGHT, 9) else UPRIGHT  # others say nothing
+            return _Loaded(ImageOps.exif_transpose(file), file.format, turned)
+    except (ContentError, OSError):
+        raise
+    except Exception as error:  # of a damaged file, Pillow raises errors of many kinds
+        raise OSError(first_line(error)) from error
+
+
+def _is_deep(mode: str) -> bool:
+    return mode.startswith("I") or mode == "F"
+
+
+def _read_deep(values: Values, mode: str, reading: Reading) -> tuple[NDArray[np.uint8], str]:
     if not np.isfinite(values).all():
-        raise ValueError("values that are not finite")
+        raise ContentError("values that are not finite")
     low, high = reading.image_range or (0, DEEP)
+    found = f"values from {values.min():g} to {values.max():g}"
     if reading.image_range is None and not mode.startswith("I;16"):
-        raise ValueError(
-            f"values from {values.min():g} to {values.max():g} of unknown range; give --image-range"
+        raise ContentError(f"{found} of unknown range; give --image-range")
+    if reading.image_range is None and values.max() < LEAST_SHARE * DEEP:
+        fewer = 2 ** max(8, int(values.max()).bit_length()) - 1
+        raise ContentError(
+            f"{found} of {DEEP}: has it fewer bits? Give its range, such as --image-range 0 "
+            f"{fewer}, or --image-range 0 {DEEP} if it is so dark"
         )
     if values.min() < low or values.max() > high:
-        raise ValueError(
-            f"values from {values.min():g} to {values.max():g}, outside of the range from {low:g} "
-            f"to {high:g}; give another --image-range"
+        raise ContentError(
+            f"{found}, outside of the range from {low:g} to {high:g}; give another --image-range"
         )
     grey = ((values.astype(np.float64) - low) * (255 / (high - low))).round().astype(np.uint8)
-    kind = f"range {low:g} to {high:g}"
-    return ReadImage(np.stack([grey] * 3, axis=-1), kind, float(values.max()))
+    return np.stack([grey] * 3, axis=-1), f"range {low:g} to {high:g}"
 
 
 def read_mask(path: Path, reading: Reading = TWO_VALUED) -> ReadMask:
@@ -123,56 +170,71 @@ def read_mask(path: Path, reading: Reading = TWO_VALUED) -> ReadMask:
     object. Values in between may only be the remains of JPEG, or a soft edge.
 
     Raises:
-        ValueError: If it is not two-valued, naming the values, or has several pages or frames.
-        OSError, SyntaxError: If Pillow cannot read it.
+        ContentError: If it is not two-valued, naming the values, or has several pages or frames.
+        OSError: If Pillow cannot read it.
     """
-    with Image.open(path) as file:
-        _refuse_frames(file)
-        jpeg = file.format in ("JPEG", "MPO")
-        values = _mask_values(ImageOps.exif_transpose(file))
+    upright, kind_of_file, turned = _load(path)
+    jpeg = kind_of_file in ("JPEG", "MPO")
+    values = _mask_values(upright, jpeg, as_numbers=bool(reading.foreground or reading.ignore))
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise ValueError("values that are not finite")
+        raise ContentError("values that are not finite")
     known = ~_within(values, reading.ignore)
     if not known.any():
-        raise ValueError("nothing but values that are ignored")
+        raise ContentError("nothing but values that are ignored")
     if reading.foreground:
-        return ReadMask(_within(values, reading.foreground) & known, known, _named(values[known]))
-    found, kind = _two_valued(np.where(known, values, 0), np.unique(values[known]), jpeg)
-    return ReadMask(found & known, known, kind)
+        found, kind = _within(values, reading.foreground), _named(values[known])
+    else:
+        found, kind = _two_valued(np.where(known, values, 0), np.unique(values[known]), jpeg)
+    return ReadMask(found & known, known, kind, turned)
 
 
-def _refuse_frames(file: Image.Image, *, allowed: bool = False) -> None:
-    frames = getattr(file, "n_frames", 1)
-    if frames > 1 and not allowed:
-        raise ValueError(f"{frames} pages or frames; save each as a file of its own")
-
-
-def _mask_values(image: Image.Image) -> Values:
+def _mask_values(image: Image.Image, jpeg: bool, *, as_numbers: bool) -> Values:
     """Return the values that tell objects apart: numbers, or indices of colours, (H, W)."""
     if image.mode == "P":
-        indices, colours = np.asarray(image), np.asarray(image.convert("RGB"))
-        used = np.unique(colours.reshape(-1, 3), axis=0)
-        # The order of greys in a palette means nothing. That of colours is the label.
-        greys = (used == used[:, :1]).all() and len(used) == len(np.unique(indices))
-        return colours[..., 0] if greys else indices
-    if image.mode in ("1", "L", "F") or image.mode.startswith("I"):
+        return np.asarray(image) if as_numbers else _palette_values(image)
+    if image.mode in ("1", "L") or _is_deep(image.mode):
         values = np.asarray(image)
         return values.astype(np.uint8) if values.dtype == bool else values
     rgba = np.asarray(image.convert("RGBA"))
     colours, alpha = rgba[..., :3], rgba[..., 3]
     if (alpha != alpha[0, 0]).any():
         if (colours != colours[0, 0]).any():
-            raise ValueError("colours and an alpha channel that both vary; save one of them alone")
+            raise ContentError("colours and an alpha channel that both vary; save one alone")
         return alpha
-    spread = colours.max(axis=-1).astype(int) - colours.min(axis=-1)
-    if spread.max() <= COLOUR_RESIDUE:
+    spread = colours.max(axis=-1) - colours.min(axis=-1)
+    if spread.max() <= (COLOUR_RESIDUE if jpeg else 0):
         return colours[..., 0]
-    distinct = np.unique(colours.reshape(-1, 3), axis=0)
-    if len(distinct) == 2 and not distinct[0].any():  # black, and the colour of the object
+    # Numbers sort a hundred times as fast as rows of three.
+    packed = np.unique(colours.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32))
+    if len(packed) == 2 and not packed[0]:  # black, and the colour of the object
         return colours.any(axis=-1).astype(np.uint8)
+    raise _colours(np.stack([packed >> 16, packed >> 8 & 255, packed & 255], axis=-1))
+
+
+def _palette_values(image: Image.Image) -> Values:
+    """Return grey values, or the indices of a palette whose black is the background."""
+    indices = np.asarray(image)
+    used = np.unique(indices)
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    colours = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
+    palette[: len(colours)] = colours
+    colours = palette[used]
+    if (colours == colours[:, :1]).all() and len(np.unique(colours[:, 0])) == len(used):
+        # The order of greys in a palette means nothing. That of colours is the label.
+        return palette[indices, 0]
+    if len(used) > 2:
+        raise _labels(_named(used))
+    black = used[~colours.any(axis=-1)]
+    if len(used) == 2 and len(black) != 1:
+        raise _colours(colours)
+    # Pillow sorts a palette by how often a colour occurs, so that black may be anywhere.
+    return np.where(indices == black, 0, np.maximum(indices, 1)) if len(black) else indices
+
+
+def _colours(distinct: NDArray[np.generic]) -> ContentError:
     shown = ", ".join(str(tuple(int(x) for x in colour)) for colour in distinct[:4])
     more = ", ..." if len(distinct) > 4 else ""
-    raise ValueError(
+    return ContentError(
         f"{len(distinct)} colours: {shown}{more}; a mask must have two values, save the object as "
         "white on black"
     )
@@ -184,15 +246,23 @@ def _two_valued(values: Values, distinct: Values, jpeg: bool) -> tuple[Mask, str
     if len(distinct) == 1:
         if top in (0, 1, 255, DEEP):
             return values > 0, kind
-        raise ValueError(f"{kind} alone; a mask must have the value 0 and one other. {ADVICE}")
+        raise ContentError(f"{kind} alone; a mask must have the value 0 and one other. {ADVICE}")
     if distinct[0] != 0 or (len(distinct) == 2 and top < 0):
-        raise ValueError(f"{kind}; a mask must have the value 0 and one other. {ADVICE}")
+        raise ContentError(f"{kind}; a mask must have the value 0 and one other. {ADVICE}")
     if len(distinct) == 2:
         return values == top, kind
-    if (jpeg or len(distinct) > FEW_VALUES) and _has_soft_edge(values, top):
+    between, near = distinct[1:-1], top / 32
+    low, high = between <= near, between >= top - near
+    # Labels count from 0, so that few values beside both ends are what a lossy format left.
+    residue = low.any() and high.any() and (low | high).all()
+    if (jpeg or len(distinct) > FEW_VALUES or residue) and _has_soft_edge(values, top):
         return values > top / 2, f"values from 0 to {top:g} with a soft edge"
-    labels = ": a label map?" if values.dtype.kind in "iub" else ";"
-    raise ValueError(f"{kind}{labels} A mask must have two. {ADVICE}")
+    raise _labels(kind, sure=values.dtype.kind in "iub")
+
+
+def _labels(kind: str, *, sure: bool = True) -> ContentError:
+    question = ": a label map?" if sure else ";"
+    return ContentError(f"{kind}{question} A mask must have two. {ADVICE}")
 
 
 def _has_soft_edge(values: Values, top: float) -> bool:
@@ -214,7 +284,10 @@ def _has_soft_edge(values: Values, top: float) -> bool:
     )
 
 
-ADVICE = "Say which values are the object, and which to ignore, with --foreground and --ignore."
+ADVICE = (
+    "Say which values are the object, such as --foreground 128-255 for a soft edge, and which to "
+    "ignore, with --ignore."
+)
 
 
 def _within(values: Values, ranges: Sequence[tuple[float, float]]) -> Mask:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from parts.data.check import unreadable
 from parts.data.prompts import Prompts
-from parts.data.reading import UNREADABLE, Reading, read_image, reading_of
+from parts.data.reading import ContentError, Reading, read_image, reading_of
 from parts.data.tables import DataError, Problem, read_rows
 from parts.errors import InputError
 from parts.files import appearing, refuse_existing
@@ -141,7 +141,7 @@ def check_prompts(asked: Asked, reading: Reading) -> None:
     for path, prompts in tqdm(asked.items(), "checking the prompts", ncols=80):
         try:
             height, width, _ = read_image(path, reading).rgb.shape
-        except UNREADABLE as error:
+        except (ContentError, OSError) as error:
             problems.append(unreadable(prompts[0].source, "image", path, error))
             continue
         for prompt in prompts:
