@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from parts.errors import plain_errors
-from parts.options import add_moved, number, place, whole
+from parts.options import add_image_range, add_moved, number, place, whole
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--overlays", type=place, help="a new folder for the images with their masks and prompts"
     )
     parser.add_argument("--epoch", type=whole(0), help="another epoch than the best")
+    add_image_range(parser)
     add_moved(parser, data=False)
     arguments = parser.parse_args(argv)
     with plain_errors():

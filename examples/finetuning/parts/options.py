@@ -11,6 +11,7 @@ import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 SPLITS = ("train", "val", "test")
 METHODS = ("lora", "lora-heads", "adapter", "bitfit", "decoder")
@@ -109,9 +110,6 @@ def parse_training(
     given = [folder is not None for folder in (options.data, options.images, options.masks)]
     if given not in ([True, False, False], [False, True, True]):
         parser.error("give either --data or both --images and --masks")
-    if options.image_range is not None and options.image_range[0] >= options.image_range[1]:
-        low, high = options.image_range
-        parser.error(f"--image-range must rise, got {low:g} and {high:g}")
     for model, flag, weights in (
         (options.model, "--checkpoint", options.checkpoint),
         (options.teacher, "--teacher-checkpoint", options.teacher_checkpoint),
@@ -141,13 +139,36 @@ def add_data(group: argparse._ArgumentGroup) -> None:
         default=[],
         help="values of a mask that are neither object nor background",
     )
+    add_image_range(group)
+
+
+def add_image_range(group: argparse._ActionsContainer) -> None:
+    """Add what is black and what is white in images with more than 8 bits."""
     group.add_argument(
         "--image-range",
         type=number(),
         nargs=2,
+        action=Rising,
         metavar=("LOW", "HIGH"),
         help="values of images with more than 8 bits, such as 0 4095",
     )
+
+
+class Rising(argparse.Action):
+    """Two numbers, of which the second is the larger one."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Store the numbers, or end the program."""
+        low, high = values
+        if low >= high:
+            parser.error(f"{option_string} must rise, got {low:g} and {high:g}")
+        setattr(namespace, self.dest, values)
 
 
 def add_moved(parser: argparse.ArgumentParser, *, data: bool) -> None:

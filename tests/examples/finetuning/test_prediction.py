@@ -79,14 +79,17 @@ def test_predict(family: str, trained, image: np.ndarray, tmp_path: Path, capsys
         assert [path.name for path in (tmp_path / folder).rglob("*.png")] == ["wide.png"]
 
 
-def test_one_box_for_a_folder(trained, image: np.ndarray, tmp_path: Path) -> None:
+def test_one_box_for_a_folder(trained, image: np.ndarray, tmp_path: Path, capsys) -> None:
     (tmp_path / "images").mkdir()
     for name in ("a.png", "b.JPG"):
         Image.fromarray(image).save(tmp_path / "images" / name)
     (tmp_path / "images" / "notes.txt").write_text("no image")
+    (tmp_path / "images" / "scan").write_text("no ending")
+    (tmp_path / "images" / "._a.png").write_text("of a Mac")
     asked = [str(trained("sam", "lora")), str(tmp_path / "images")]
     box = ["--box", "60", "50", "180", "190"]
     predict.main([*asked, *box, "--output", str(tmp_path / "masks")])
+    assert f"2 of 4 in {tmp_path / 'images'} have no image's name" in capsys.readouterr().out
     table = write_table(tmp_path / "t.csv", BOXES, [["images/a.png", 60, 50, 180, 190]])
     predict.main([asked[0], table, "--output", str(tmp_path / "one")])
     found = {path.name: path.read_bytes() for path in (tmp_path / "masks").iterdir()}
@@ -143,31 +146,65 @@ WRONG = {
     "empty": (POINTS, [10, "", 1], "y must be a finite number, got ''"),
     "a word": (POINTS, [10, 10, "yes"], "label must be a finite number, got 'yes'"),
     "decimal comma": (POINTS, ["10,5", 10, 1], "x must be a finite number, got '10,5'"),
-    "missing cells": (POINTS, [10], "y must be a finite number, got None"),
+    "missing cells": (POINTS, [10], "2 cells, but 4 in the first line"),
+    "decimal commas": (BOXES, [10, 5, 20, 7, 100, 5, 30, 2], "9 cells, but 5 in the first line"),
+    "underscore": (POINTS, ["1_0", 10, 1], "x must be a finite number, got '1_0'"),
+    "no image": (POINTS, [10, 10, 1, ""], "no image in the row"),
+    "a folder": (POINTS, [10, 10, 1, "."], "cannot be read: Is a directory"),
+    "NUL": (POINTS, [10, 10, 1, "a\0.png"], "a cell with a line break or a NUL character"),
+    "boxes and points": (
+        f"{BOXES},x,y,label",
+        [],
+        "must have columns image and either x0,y0,x1,y1 or",
+    ),
     "half a label": (POINTS, [10, 10, 0.5], "label must be 1 on the object or 0 beside it"),
     "label 2": (POINTS, [10, 10, 2], "label must be 1 on the object or 0 beside it, got 2"),
     "label -1": (POINTS, [10, 10, -1], "label must be 1 on the object or 0 beside it, got -1"),
     "point outside": (POINTS, [10, 256.5, 1], "y must be from 0 to 256 in an image"),
-    "other columns": ("image,x,y", [10, 20], "must have columns image and x0,y0,x1,y1 or x,y"),
+    "other columns": (
+        "image,x,y",
+        [10, 20],
+        "must have columns image and either x0,y0,x1,y1 or x,y",
+    ),
     "no image column": ("file,x,y,label", [10, 20, 1], "no column image in its first line"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_prompts(case: str, trained, image: np.ndarray, tmp_path: Path) -> None:
-    header, cells, message = WRONG[case]
+    header, (*cells,), message = WRONG[case]
     Image.fromarray(image).save(tmp_path / "a.png")
-    right = [60, 50, 180, 190] if header == BOXES else [60, 60, 1]
-    rows = [["a.png", *right], ["a.png", *cells]]
+    right = {BOXES: [60, 50, 180, 190], POINTS: [60, 60, 1]}.get(header, cells)
+    if case == "boxes and points":
+        right = cells = [60, 50, 180, 190, 60, 60, 1]
+    name = cells.pop() if len(cells) == 4 and header == POINTS else "a.png"
+    rows = [["a.png", *right], [name, *cells]]
     table = write_table(tmp_path / "p.csv", header, rows)
     with pytest.raises(SystemExit) as exit_info:
         predict.main([str(trained("sam", "lora")), table, "--output", str(tmp_path / "masks")])
     said = str(exit_info.value)
     assert message in said
     assert "p.csv" in said
-    if "column" not in case:
+    if "column" not in message:
         assert "p.csv line 3: " in said
     assert not (tmp_path / "masks").exists()
+
+
+def test_images_of_fewer_than_16_bits(trained, image: np.ndarray, tmp_path: Path) -> None:
+    """As the run was trained on 8 bits, only `--image-range` can say what the values mean."""
+    grey = image[..., 0]
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    Image.fromarray(grey.astype(np.uint16) * 16).save(tmp_path / "deep.png")
+    run, box = str(trained("sam", "lora")), [60, 50, 180, 190]
+
+    def ask(name: str, *options: str) -> bytes:
+        table = write_table(tmp_path / "t.csv", BOXES, [[f" {name} ", *box]])
+        predict.main([run, table, "--output", str(tmp_path / f"of {name}"), *options])
+        return (tmp_path / f"of {name}" / name).read_bytes()
+
+    with pytest.raises(SystemExit, match=r"has it fewer bits.*--image-range 0 4095"):
+        ask("deep.png")
+    assert ask("deep.png", "--image-range", "0", "4080") == ask("a.png")
 
 
 def test_all_that_is_wrong_with_prompts_at_once(trained, image: np.ndarray, tmp_path: Path) -> None:

@@ -36,6 +36,13 @@ def test_tables_as_excel_writes_them(header: str, folder: Path) -> None:
     assert read_tables(folder)["train"] == [expected]
 
 
+def test_rows_of_empty_cells_are_no_rows(folder: Path) -> None:
+    (folder / "val.csv").write_text(" image ,label\n,\n a.png , b.png\n\n , \nc.png,d.png\n,\n")
+    a, c = read_tables(folder)["val"]
+    assert a == Row(folder / "a.png", folder / "b.png", "val.csv line 3")
+    assert c == Row(folder / "c.png", folder / "d.png", "val.csv line 6")
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -45,7 +52,25 @@ def test_tables_as_excel_writes_them(header: str, folder: Path) -> None:
         (write("val.csv", b",image,label\n"), "val.csv: no rows"),
         (write("val.csv", b",image,label\n0,4.png,\n1,5.png,x\n"), "val.csv line 2: no label"),
         (write("val.csv", b",image,label\n0,,4_mask.png\n1,5.png,x\n"), "val.csv line 2: no image"),
-        (write("val.csv", b",image,label\n1,5.png,x\n0,4.png\n"), "val.csv line 3: no label"),
+        (write("val.csv", b",image,label\n1,5.png,x\n0,4.png\n"), "val.csv line 3: 2 cells, but 3"),
+        (write("val.csv", b"image,label\na,b,c\n"), "val.csv line 2: 3 cells, but 2"),
+        (write("val.csv", b"image,label,label\na,b,c\n"), "val.csv: two columns label"),
+        (
+            write("val.csv", b"image,label\na,b\nc,d\na,b\n"),
+            "val.csv line 4: a and b are also in line 2; remove one",
+        ),
+        (
+            write("val.csv", b'image,label\n"a,b\nc,d\ne,f"\ng,h\n'),
+            "val.csv line 2: a cell with a line break",
+        ),
+        (
+            write("val.csv", b'image,label\na,b\n"c,d\ne,f\n'),
+            "val.csv line 3: unexpected end of data; does a quotation mark lack its partner?",
+        ),
+        (
+            write("val.csv", b"image,label\na\0,b\n"),
+            "val.csv line 2: a cell with a line break or a N",
+        ),
         (write("val.csv", b"\xff\xfe,\x00image"), "val.csv line 1: no UTF-8"),
     ],
 )
@@ -148,7 +173,7 @@ names = st.text(
 ).filter(lambda name: name.strip() == name and name not in (".", ".."))
 
 
-@given(st.lists(st.tuples(names, names), min_size=1, max_size=5))
+@given(st.lists(st.tuples(names, names), min_size=1, max_size=5, unique=True))
 @example([('a, "quoted" name.png', "forêt.png"), ("fore\u0302t.png", "=1+1.png")])
 def test_any_names_in_a_table(tmp_path_factory, cells: list[tuple[str, str]]) -> None:
     folder = tmp_path_factory.getbasetemp() / "any"

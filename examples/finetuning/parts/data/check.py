@@ -27,7 +27,7 @@ from parts.data.reading import (
     reading_of,
 )
 from parts.data.tables import DataError, Problem, Row, Splits, read_folders, read_tables
-from parts.errors import describe
+from parts.errors import first_line
 from parts.files import digest
 
 FEW_TESTS = 10
@@ -143,7 +143,7 @@ def check_row(row: Row, reading: Reading) -> Checked:
     )
 
 
-def unreadable(source: str, what: str, path: Path, error: Exception) -> Problem:
+def unreadable(source: str, what: str, path: Path, error: ContentError | OSError) -> Problem:
     """Return why a file cannot be used, which is an image or a mask and named in a row."""
     if isinstance(error, FileNotFoundError):
         return Problem(f"a missing {what}", f"{source}: {what} {path} is missing")
@@ -154,13 +154,13 @@ def unreadable(source: str, what: str, path: Path, error: Exception) -> Problem:
     return Problem(f"an unreadable {what}", text)
 
 
-def why(error: Exception) -> str:
+def why(error: OSError) -> str:
     """Return why Pillow cannot read a file, and what to do."""
     if isinstance(error, UnidentifiedImageError):
         return "it has no format that Pillow knows; save it as PNG, JPEG or TIFF"
     if isinstance(error.__cause__, Image.DecompressionBombError):
         return f"{error}; cut it into smaller pictures"
-    return describe(error) if isinstance(error, OSError) else str(error)
+    return error.strerror or first_line(error)
 
 
 def leaks(splits: Splits, checked: list[Checked]) -> list[Problem]:

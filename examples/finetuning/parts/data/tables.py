@@ -70,24 +70,28 @@ def read_tables(folder: Path, test_table: str = "test.csv") -> Splits:
     are ignored, such as the unnamed first one of those data sets.
 
     Raises:
-        DataError: If a table is missing or empty, or lacks one of the columns or a cell of them.
+        DataError: If a table is missing or empty, lacks one of the columns or a cell of them, or
+            has a pair twice.
     """
     splits: Splits = {}
     problems: list[Problem] = []
     for split, name in zip(SPLITS, ("train.csv", "val.csv", test_table), strict=True):
+        first: dict[tuple[Path, Path], str] = {}
         splits[split] = []
         try:
             for source, row in read_rows(folder / name, ("image", "label")):
-                cells = {column: (row[column] or "").strip() for column in ("image", "label")}
-                empty = [column for column, cell in cells.items() if not cell]
+                empty = [column for column in ("image", "label") if not row[column]]
+                image, label = folder / row["image"], folder / row["label"]
+                earlier = first.setdefault((image, label), source)
                 if empty:
                     kind = f"no {' and no '.join(empty)} in the row"
                     problems.append(Problem(kind, f"{name} {source}: {kind}"))
+                elif earlier != source:
+                    kind = "a pair that is there twice"
+                    text = f"{row['image']} and {row['label']} are also in {earlier}; remove one"
+                    problems.append(Problem(kind, f"{name} {source}: {text}"))
                 else:
-                    found = Row(
-                        folder / cells["image"], folder / cells["label"], f"{name} {source}"
-                    )
-                    splits[split].append(found)
+                    splits[split].append(Row(image, label, f"{name} {source}"))
         except InputError as error:
             problems.append(Problem("tables", str(error)))
     if problems:
@@ -98,30 +102,56 @@ def read_tables(folder: Path, test_table: str = "test.csv") -> Splits:
 def read_rows(path: Path, columns: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the place and the cells of each row of a table, which must have these columns.
 
+    Space around a cell is no part of it, and rows without anything in their cells are no rows.
+
     Raises:
-        InputError: If the table is missing, is not UTF-8, lacks a column, or has no row.
+        InputError: If the table is missing, is not UTF-8, lacks a column or has one twice, if a row
+            has more or fewer cells than the first line, or if there is no row.
     """
+    line = 1
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file)
-            lacking = [column for column in columns if column not in (table.fieldnames or ())]
+            table = csv.reader(file, strict=True)
+            header = [cell.strip() for cell in next(table, [])]
+            found = ", ".join(filter(None, header)) or "an empty first line"
+            lacking = [column for column in columns if column not in header]
             if lacking:
-                found = ", ".join(table.fieldnames or ()) or "an empty first line"
                 raise InputError(
                     f"{path.name}: no column {' and '.join(lacking)} in its first line, which has "
                     f"{found}"
                 )
+            twice = [name for name, count in Counter(filter(None, header)).items() if count > 1]
+            if twice:
+                raise InputError(
+                    f"{path.name}: two columns {' and '.join(twice)} in its first line; remove one"
+                )
             any_row = False
-            for row in table:
+            line = table.line_num + 1
+            for cells in table:
+                source, line = f"line {line}", table.line_num + 1
+                if not any(cell.strip() for cell in cells):
+                    continue
+                if any(character in cell for cell in cells for character in "\n\r\0"):
+                    raise InputError(
+                        f"{path.name} {source}: a cell with a line break or a NUL character; does "
+                        "a quotation mark lack its partner?"
+                    )
+                if len(cells) != len(header):
+                    raise InputError(
+                        f"{path.name} {source}: {len(cells)} cells, but {len(header)} in the first "
+                        "line; a cell with a comma needs quotation marks, and a number a point"
+                    )
                 any_row = True
-                yield f"line {table.line_num}", row
+                yield source, dict(zip(header, map(str.strip, cells), strict=True))
             if not any_row:
                 raise InputError(f"{path.name}: no rows below the first line")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise InputError(f"{path.name} line {line}: no UTF-8; save the table as UTF-8") from error
     except csv.Error as error:
-        raise InputError(f"{path.name} line {table.line_num}: {error}") from error
+        raise InputError(
+            f"{path.name} line {line}: {error}; does a quotation mark lack its partner?"
+        ) from error
     except OSError as error:
         raise InputError(describe(error)) from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,9 +56,11 @@ def predict(arguments: argparse.Namespace) -> None:
     ):
         raise InputError("--output and --overlays must be two folders, neither inside the other")
     reading = reading_of(read_options(arguments.run))
+    if arguments.image_range is not None:
+        reading = replace(reading, image_range=arguments.image_range)
     folder, asked = ask(arguments)
-    names = mask_names(asked, folder)
     check_prompts(asked, reading)
+    names = mask_names(asked, folder)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = load_run(arguments.run, arguments.epoch, arguments)[0].to(device)
@@ -89,9 +92,13 @@ def ask(arguments: argparse.Namespace) -> tuple[Path, Asked]:
     if arguments.box is None:
         raise InputError(f"--box must be given for the images of a folder, got {source} alone")
     kinds = Image.registered_extensions()
-    images = sorted(path for path in source.iterdir() if path.suffix.lower() in kinds)
+    # As in training, hidden files do not count: a Mac adds them to what it copies.
+    files = sorted(path for path in source.iterdir() if not path.name.startswith("."))
+    images = [path for path in files if path.suffix.lower() in kinds]
     if not images:
         raise InputError(f"{source} must have images, got none")
+    if images != files:
+        print(f"{len(files) - len(images)} of {len(files)} in {source} have no image's name")
     return source, {path: [Prompt("--box", arguments.box)] for path in images}
 
 
@@ -99,18 +106,19 @@ def read_prompts(table: Path, folder: Path) -> Asked:
     """Return the prompts of a table, whose images are in a folder.
 
     Raises:
-        InputError: If the table lacks columns.
+        InputError: If the table lacks columns, or has those of boxes and those of points.
         DataError: If cells are no finite numbers.
     """
     asked: Asked = {}
     problems = []
     for line, row in read_rows(table, ("image",)):
-        columns = BOX if set(BOX) <= row.keys() else POINT
-        if not set(columns) <= row.keys():
+        kinds = [columns for columns in (BOX, POINT) if set(columns) <= row.keys()]
+        if len(kinds) != 1:
             raise InputError(
-                f"{table} must have columns image and {','.join(BOX)} or {','.join(POINT)}, "
+                f"{table} must have columns image and either {','.join(BOX)} or {','.join(POINT)}, "
                 f"got {','.join(filter(None, row))}"
             )
+        (columns,) = kinds
         source = f"{table.name} {line}"
         numbers = [finite(row[column]) for column in columns]
         problems += [
@@ -120,19 +128,20 @@ def read_prompts(table: Path, folder: Path) -> Asked:
         ]
         if not row["image"]:
             problems.append(Problem("no image in the row", f"{source}: no image in the row"))
-        asked.setdefault(folder / (row["image"] or ""), []).append(Prompt(source, numbers))
+        asked.setdefault(folder / row["image"], []).append(Prompt(source, numbers))
     if problems:
         raise DataError(problems, what="The prompts have")
     return asked
 
 
-def finite(cell: str | None) -> float | None:
+def finite(cell: str) -> float | None:
     """Return the number in a cell of a table, or None if there is none."""
     try:
-        number = float(cell or "")
+        number = float(cell)
     except ValueError:
         return None
-    return number if math.isfinite(number) else None
+    # Python takes 1_0 for 10.
+    return number if math.isfinite(number) and "_" not in cell else None
 
 
 def check_prompts(asked: Asked, reading: Reading) -> None:
