@@ -52,6 +52,18 @@ def test_points_of_extreme_masks() -> None:
     assert points[1, labels[1].bool()].tolist() == [[4.0, 3.0]]
 
 
+@pytest.mark.parametrize(("size", "background"), [(1, 0), (3, 0), (1, 2), (40, 2), (40, 0)])
+def test_no_point_where_values_are_ignored(size: int, background: int) -> None:
+    masks, valid = (torch.zeros(1, 16, 16, dtype=torch.bool) for _ in range(2))
+    masks.view(-1)[100 : 100 + size] = True
+    valid.view(-1)[100 : 100 + size + background] = True
+    for count in (1, 2, 5, 8):
+        _, points, labels = draw_points(count, batch(masks, valid))
+        x, y = points[0].long().unbind(-1)
+        assert valid[0, y, x].all()
+        assert torch.equal(labels[0], masks[0, y, x].int())
+
+
 def test_boxes_and_mixed_prompts() -> None:
     torch.manual_seed(0)
     boxes = torch.tensor([[10.0, 20.0, 110.0, 60.0]]).repeat(1000, 1)

@@ -28,14 +28,17 @@ def draw_points(count: int, batch: Batch) -> Prompts:
     """Draw `count` pixels of each picture, half of them, but at least one, on the object.
 
     A single point lies on the object. Of five points, with which the paper evaluates roads, two do.
+    None lies in the padding or where values are ignored.
     """
-    masks, on = batch.masks, max(1, count // 2)
+    masks, valid, on = batch.masks, batch.valid, max(1, count // 2)
     drawn = []
-    for region, number in ((masks, on), (batch.valid & ~masks, count - on)):
-        lottery = torch.rand(masks.shape, device=masks.device) * region
+    for region, number in ((masks, on), (valid & ~masks, count - on)):
+        # A region with too few pixels is filled up from the other, so that labels are looked up.
+        lottery = torch.rand(masks.shape, device=masks.device) - 1.0 * ~region - 1.0 * ~valid
         drawn.append(lottery.flatten(1).topk(number).indices)
     index = torch.cat(drawn, dim=1)
-    # The labels are looked up, as a region with too few pixels is filled up from the other.
+    # Where both have too few, the first point is repeated: the others are padding or ignored.
+    index = torch.where(valid.flatten(1).gather(1, index), index, index[:, :1])
     labels = masks.flatten(1).gather(1, index)
     width = masks.shape[-1]
     points = torch.stack([index % width, index // width], dim=-1).float()
