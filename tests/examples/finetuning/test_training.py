@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -104,12 +105,15 @@ def test_tensorboard_has_the_figures_of_the_table(trained) -> None:
 
 
 def listed_again(data: Path, folder: Path, splits: dict[str, list[int]]) -> Path:
-    """Return a data set of rows of another, which may occur several times."""
+    """Return a data set of rows of another, which may occur several times, each with its mask."""
     folder.mkdir()
     for split, chosen in splits.items():
         with (data / f"{split}.csv").open() as file:
             found = [*csv.DictReader(file)]
-        lines = [f"{i},{data / found[i]['image']},{data / found[i]['label']}" for i in chosen]
+        lines = []
+        for row, i in enumerate(chosen):
+            mask = shutil.copy(data / found[i]["label"], folder / f"{split}{row}.png")
+            lines.append(f"{i},{data / found[i]['image']},{mask}")
         (folder / f"{split}.csv").write_text("\n".join([",image,label", *lines]))
     return folder
 
