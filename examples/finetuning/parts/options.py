@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 SPLITS = ("train", "val", "test")
+TEST_TABLE = "test.csv"
 METHODS = ("lora", "lora-heads", "adapter", "bitfit", "decoder")
 CACHE_DTYPES = ("float16", "bfloat16")
 SAM_MODELS = ("vit_b", "vit_l", "vit_h", "tiny")
@@ -107,9 +108,7 @@ def parse_training(
     group.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     options = parser.parse_args(argv)
 
-    given = [folder is not None for folder in (options.data, options.images, options.masks)]
-    if given not in ([True, False, False], [False, True, True]):
-        parser.error("give either --data or both --images and --masks")
+    require_data(parser, options)
     for model, flag, weights in (
         (options.model, "--checkpoint", options.checkpoint),
         (options.teacher, "--teacher-checkpoint", options.teacher_checkpoint),
@@ -122,7 +121,7 @@ def parse_training(
 def add_data(group: argparse._ArgumentGroup) -> None:
     """Add where the images and masks are, and how they are read."""
     group.add_argument("--data", type=place, help="a folder with train.csv, val.csv, test.csv")
-    group.add_argument("--test-table", default="test.csv", help="table of the test images")
+    group.add_argument("--test-table", default=TEST_TABLE, help="table of the test images")
     group.add_argument("--images", type=place, help="instead of --data: a folder of images")
     group.add_argument("--masks", type=place, help="with --images: masks of the same names")
     group.add_argument(
@@ -140,6 +139,13 @@ def add_data(group: argparse._ArgumentGroup) -> None:
         help="values of a mask that are neither object nor background",
     )
     add_image_range(group)
+
+
+def require_data(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the program unless the options say where images and masks are."""
+    given = [folder is not None for folder in (options.data, options.images, options.masks)]
+    if given not in ([True, False, False], [False, True, True]):
+        parser.error("give either --data or both --images and --masks")
 
 
 def add_image_range(group: argparse._ActionsContainer) -> None:

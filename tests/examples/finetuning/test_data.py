@@ -141,7 +141,11 @@ BAD = {
         "train.csv line 4: mask",
         "is empty",
     ),
-    "no image": (write("3.png", b"<html>not found</html>"), "train.csv line 5", "cannot be read"),
+    "no image": (
+        write("3.png", b"<html>not found</html>"),
+        "train.csv line 5",
+        "cannot be read: Pillow knows no such format; save it as PNG",
+    ),
     "truncated": (truncate("7.png"), "test.csv line 3: image", "cannot be read"),
     "truncated mask": (
         lambda f: (f / "0_mask.png").write_bytes((f / "0_mask.png").read_bytes()[:60]),
@@ -274,3 +278,45 @@ def test_check_data(folder: Path, monkeypatch, capsys) -> None:
     assert "train.csv line 3" in message
     with pytest.raises(SystemExit, match=r"test_CAMO\.csv"):
         check_data.main([str(folder), "camo"])
+
+
+def test_check_data_of_ones_own(folder: Path, capsys) -> None:
+    check_data.main(["--data", str(folder)])
+    assert "masks: 8 of values 0 and 1\n" in capsys.readouterr().out
+    for split in ("train", "val", "test"):
+        (folder / f"{split}.csv").unlink()
+    images, masks = folder, folder / "masks"
+    for i in range(20):
+        picture(i).save(images / f"{i}.png")
+        (images / f"{i}_mask.png").unlink(missing_ok=True)
+        (masks / "old").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(MASK * np.uint8(1 + i % 2)).save(masks / f"{i}.png")
+    Image.fromarray(MASK).save(masks / "old" / "1.png")
+    Image.fromarray(MASK).save(masks / "old" / "._1.png")
+    asked = ["--images", str(images), "--masks", str(masks)]
+    check_data.main([*asked, "--foreground", "1", "2"])
+    said = capsys.readouterr().out
+    assert f"Warning: files in folders within {masks} are left out, 1 in all." in said
+    assert said.count("are left out") == 1
+    assert "masks: 10 of values 0 and 1, 10 of values 0 and 2" in said
+    with pytest.raises(SystemExit) as error:
+        check_data.main([*asked, "--foreground", "2"])
+    *_, first, second = [line for line in str(error.value).splitlines() if "train " in line]
+    assert "is empty, values 0 and 1; leave it and its image out" in first
+    assert first < second
+    with pytest.raises(SystemExit, match=r"--test-table is for --data, got t.csv with --images"):
+        check_data.main([*asked, "--test-table", "t.csv"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "give either --data or both"),
+        ("data", "give a name after "),
+        ("data leaf --data data", "give either a folder and a name, or --data"),
+    ],
+)
+def test_what_to_check(arguments: str, message: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        check_data.main(arguments.split())
+    assert message in capsys.readouterr().err

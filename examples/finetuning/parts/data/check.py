@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 from parts.data.reading import (
@@ -26,9 +26,18 @@ from parts.data.reading import (
     read_mask,
     reading_of,
 )
-from parts.data.tables import DataError, Problem, Row, Splits, read_folders, read_tables
-from parts.errors import first_line
+from parts.data.tables import (
+    DataError,
+    Problem,
+    Row,
+    Splits,
+    files_below,
+    read_folders,
+    read_tables,
+)
+from parts.errors import InputError, first_line
 from parts.files import digest
+from parts.options import TEST_TABLE
 
 FEW_TESTS = 10
 LISTED = 5  # kinds of files, in the report
@@ -63,11 +72,21 @@ def read_data(options: argparse.Namespace) -> tuple[Splits, Report]:
     """Find the rows that the options of a run name, check every file, and print what was found.
 
     Raises:
-        DataError: If anything is wrong.
+        InputError: If anything is wrong.
     """
     if options.data is not None:
         splits = read_tables(options.data, options.test_table)
     else:
+        if options.test_table != TEST_TABLE:
+            raise InputError(
+                f"--test-table is for --data, got {options.test_table} with --images and --masks; "
+                "leave it out"
+            )
+        folders = options.images, options.masks
+        for folder, other in (folders, folders[::-1]):
+            deeper = files_below(folder, other)
+            if deeper:
+                print(f"Warning: files in folders within {folder} are left out, {deeper} in all.")
         splits = read_folders(options.images, options.masks)
     report = check(splits, reading_of(options))
     print(*report.lines, sep="\n")
@@ -157,9 +176,7 @@ def unreadable(source: str, what: str, path: Path, error: ContentError | OSError
 def why(error: OSError) -> str:
     """Return why Pillow cannot read a file, and what to do."""
     if isinstance(error, UnidentifiedImageError):
-        return "it has no format that Pillow knows; save it as PNG, JPEG or TIFF"
-    if isinstance(error.__cause__, Image.DecompressionBombError):
-        return f"{error}; cut it into smaller pictures"
+        return "Pillow knows no such format; save it as PNG, or as TIFF of up to 32 bits a value"
     return error.strerror or first_line(error)
 
 

@@ -200,13 +200,24 @@ def read_folders(images: Path, masks: Path) -> Splits:
     }
 
 
+def files_below(folder: Path, other: Path) -> int:
+    """Return how many files are in folders within a folder: none that are hidden, or in `other`."""
+    return sum(
+        path.is_file()
+        and not (folder in other.parents and path.is_relative_to(other))
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        for path in folder.glob("*/**/*")
+    )
+
+
 def split_names(names: list[str]) -> dict[str, list[str]]:
     """Return which names train, which validate and which test, 8 : 1 : 1, always the same."""
     order = np.random.default_rng(0).permutation(len(names))
     shuffled = [names[i] for i in order]
     tenth = len(names) // 10
     parts = shuffled[2 * tenth :], shuffled[:tenth], shuffled[tenth : 2 * tenth]
-    return dict(zip(SPLITS, parts, strict=True))
+    # In a split they are in order again, and so is what is said about them.
+    return dict(zip(SPLITS, map(sorted, parts), strict=True))
 
 
 def renaming(images: dict[str, list[Path]], masks: dict[str, list[Path]]) -> list[str]:
