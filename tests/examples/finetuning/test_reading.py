@@ -12,6 +12,7 @@ from hypothesis import assume, given
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
+from scipy.ndimage import distance_transform_edt
 
 from parts.data.reading import Reading, read_image, read_mask
 
@@ -195,6 +196,16 @@ def test_several_pages_and_frames_are_refused(kind: str, tmp_path: Path) -> None
     for read in (read_mask, read_image):
         with pytest.raises(ValueError, match="2 pages or frames; save each as a file of its own"):
             read(path)
+
+
+def test_pictures_that_are_too_large(tmp_path: Path, monkeypatch) -> None:
+    picture(0).save(tmp_path / "large.png")
+    monkeypatch.setattr("parts.data.reading.MOST_PIXELS", HEIGHT * WIDTH)
+    read_image(tmp_path / "large.png")
+    monkeypatch.setattr("parts.data.reading.MOST_PIXELS", HEIGHT * WIDTH - 1)
+    with pytest.raises(ValueError, match="40 x 24 pixels, more than 959; cut it into smaller"):
+        read_image(tmp_path / "large.png")
+    assert Image.MAX_IMAGE_PIXELS is None  # Pillow would warn of half as many
 
 
 def png_of_16_bits(path: Path, values: NDArray[np.uint16]) -> None:
@@ -401,7 +412,26 @@ def test_jpeg_masks(quality: int, seed: int, tmp_path: Path) -> None:
         assert (found ^ mask).sum() <= 0.01 * mask.sum(), name
 
 
-@pytest.mark.parametrize("radius", [0.7, 1.0])
+def test_a_jpeg_mask_with_straight_edges(tmp_path: Path) -> None:
+    """Its blocks are alike, so that what JPEG leaves has areas of its own."""
+    mask = np.zeros((128, 344), dtype=bool)
+    for rows, quality in ((slice(61, 63), 75), (slice(57, 64), 50), (slice(60, 68), 50)):
+        mask[rows] = True
+        Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / "m.jpg", quality=quality)
+        np.testing.assert_array_equal(read_mask(tmp_path / "m.jpg").object, mask)
+
+
+def test_dark_labels_are_no_remains_of_jpeg(tmp_path: Path) -> None:
+    """Classes of 3 and 6 with a void border of 255."""
+    values = np.zeros((96, 128), dtype=np.uint8)
+    values[16:80, 16:96] = 255
+    values[20:76, 20:56], values[20:76, 56:92] = 3, 6
+    Image.fromarray(values).save(tmp_path / "m.jpg", quality=95)
+    with pytest.raises(ValueError, match=r"values .*: a label map"):
+        read_mask(tmp_path / "m.jpg")
+
+
+@pytest.mark.parametrize("radius", [0.7, 1.0, 2.0])
 @pytest.mark.parametrize("seed", range(4))
 def test_masks_with_a_soft_edge(radius: float, seed: int, tmp_path: Path) -> None:
     mask = blobs(seed)
@@ -409,10 +439,36 @@ def test_masks_with_a_soft_edge(radius: float, seed: int, tmp_path: Path) -> Non
     sharp.filter(ImageFilter.GaussianBlur(radius)).save(tmp_path / "soft.png")
     sharp.resize((200, 150), Image.Resampling.BILINEAR).save(tmp_path / "scaled.png")
     found = read_mask(tmp_path / "soft.png")
-    assert (found.object ^ mask).sum() <= 0.02 * mask.sum()
+    assert (found.object ^ mask).sum() <= 0.03 * mask.sum()
     assert found.kind == "values from 0 to 255 with a soft edge"
     expected = np.asarray(sharp.resize((200, 150), Image.Resampling.NEAREST)) > 0
     assert (read_mask(tmp_path / "scaled.png").object ^ expected).mean() < 0.02
+
+
+def trimap(seed: int, width: int) -> Image.Image:
+    """An object with a border of 128 around it."""
+    mask = blobs(seed)
+    border = distance_transform_edt(~mask) <= width
+    return Image.fromarray(np.where(mask, 255, border * 128).astype(np.uint8))
+
+
+def two_classes(seed: int) -> Image.Image:
+    left = np.arange(128) < np.median(blobs(seed).nonzero()[1])
+    return Image.fromarray(np.where(left, 128, 255).astype(np.uint8) * blobs(seed))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_third_class_is_no_soft_edge(seed: int, tmp_path: Path) -> None:
+    labelled = {f"border of {width}": trimap(seed, width) for width in (2, 3, 4, 8)}
+    for image in (*labelled.values(), two_classes(seed)):
+        for quality in (75, 95):
+            image.save(tmp_path / f"{quality}.jpg", quality=quality)
+            with pytest.raises(ValueError, match=r"\d+ values from 0 to 255: a label map\?"):
+                read_mask(tmp_path / f"{quality}.jpg")
+    for image in (trimap(seed, 4), two_classes(seed)):
+        image.resize((200, 150), Image.Resampling.BILINEAR).save(tmp_path / "scaled.png")
+        with pytest.raises(ValueError, match=r"\d+ values from 0 to 255: a label map\?"):
+            read_mask(tmp_path / "scaled.png")
 
 
 # --- images --------------------------------------------------------------------------------------

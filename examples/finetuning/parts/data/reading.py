@@ -8,7 +8,6 @@ says which values are foreground, which are ignored, and which range an image ha
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ from scipy.ndimage import maximum_filter, minimum_filter
 
 from parts.errors import first_line
 
-# A model sees large pictures scaled down. Pillow still refuses those that are twice as large.
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+# Pillow would warn of pictures of half of this, and refuse those above without saying what to do.
+MOST_PIXELS = 178_956_970
+Image.MAX_IMAGE_PIXELS = None
 
 Values = NDArray[np.generic]
 Mask = NDArray[np.bool_]
@@ -34,6 +34,11 @@ FEW_VALUES = 8
 # The share of the values of a soft edge that lie in areas of four equal pixels or more. In masks
 # that were blurred, scaled, or saved as JPEG, at most 0.34 did; of labels nearly all do.
 MOST_IN_AREAS = 0.6
+# The share of the values of a soft edge that are nearly the same, in areas of four nearly equal
+# pixels. In masks that were blurred, scaled, or saved as JPEG, at most 0.23 were; in JPEG files of
+# trimaps with a border of two pixels at least 0.24, of wider ones and of labels at least 0.30.
+MOST_ON_A_PLATEAU = 0.24
+NEAR = 1 / 32  # of the largest value, how far JPEG moves a value where the picture is flat
 JPEG_BLOCK = 8  # pixels, how far what JPEG leaves reaches
 # A channel of a grey picture may differ from the others by so much in a JPEG file.
 COLOUR_RESIDUE = 8
@@ -118,6 +123,11 @@ def _load(path: Path) -> _Loaded:
     try:
         # Of a TIFF that it opens by name, Pillow maps the file and ignores the orientation.
         with path.open("rb") as stream, Image.open(stream) as file:
+            if file.width * file.height > MOST_PIXELS:
+                raise ContentError(
+                    f"{file.width} x {file.height} pixels, more than {MOST_PIXELS}; cut it into "
+                    "smaller pictures"
+                )
             frames = getattr(file, "n_frames", 1)
             # A camera keeps a preview behind the picture in a file of the format MPO.
             if frames > 1 and file.format != "MPO":
@@ -251,11 +261,11 @@ def _two_valued(values: Values, distinct: Values, jpeg: bool) -> tuple[Mask, str
         raise ContentError(f"{kind}; a mask must have the value 0 and one other. {ADVICE}")
     if len(distinct) == 2:
         return values == top, kind
-    between, near = distinct[1:-1], top / 32
+    between, near = distinct[1:-1], top * NEAR
     low, high = between <= near, between >= top - near
     # Labels count from 0, so that few values beside both ends are what a lossy format left.
-    residue = low.any() and high.any() and (low | high).all()
-    if (jpeg or len(distinct) > FEW_VALUES or residue) and _has_soft_edge(values, top):
+    lossy = jpeg or bool(low.any() and high.any() and (low | high).all())
+    if (lossy or len(distinct) > FEW_VALUES) and _has_soft_edge(values, top, lossy):
         return values > top / 2, f"values from 0 to {top:g} with a soft edge"
     raise _labels(kind, sure=values.dtype.kind in "iub")
 
@@ -265,23 +275,40 @@ def _labels(kind: str, *, sure: bool = True) -> ContentError:
     return ContentError(f"{kind}{question} A mask must have two. {ADVICE}")
 
 
-def _has_soft_edge(values: Values, top: float) -> bool:
+def _has_soft_edge(values: Values, top: float, lossy: bool) -> bool:
     """Return whether the values between 0 and the top are those of an edge, or remains of JPEG.
 
     They are not if they have areas of their own, as labels have. They must be few, and near to
     where object and background meet.
     """
+    found, size = values > top / 2, 2 * JPEG_BLOCK + 1
+    meet = maximum_filter(found, size) & maximum_filter(~found, size)
     within = (values > 0) & (values < top)
+    if lossy:  # Along straight edges, JPEG leaves areas of nearly the value itself.
+        within &= ~meet | ((values > top * NEAR) & (values < top * (1 - NEAR)))
     highest, lowest = maximum_filter(values, 2), minimum_filter(values, 2)
     area = maximum_filter(highest == lowest, 2, origin=-1)  # in a square of four equal pixels
     between, sure = (values > top / 8) & (values < top * (7 / 8)), values >= top * (7 / 8)
-    found, size = values > top / 2, 2 * JPEG_BLOCK + 1
-    meet = maximum_filter(found, size) & maximum_filter(~found, size)
     return bool(
         (within & area).sum() <= MOST_IN_AREAS * within.sum()
         and between.sum() <= 2 * sure.sum()
         and (between & ~meet).sum() <= 0.02 * between.sum()
+        and not _has_plateau(values, top)
     )
+
+
+def _has_plateau(values: Values, top: float) -> bool:
+    """Return whether many values between 0 and the top are nearly the same, in nearly flat areas.
+
+    So are those of a third class after JPEG or scaling, however narrow it is, from two pixels on.
+    """
+    levels = (values * (255 / top)).astype(np.uint8)
+    highest, lowest = maximum_filter(levels, 2), minimum_filter(levels, 2)
+    flat = (highest - lowest <= 21) & (lowest > 31) & (highest < 224)
+    flat = maximum_filter(flat, 2, origin=-1)
+    counts = np.bincount(levels[flat], minlength=256)
+    most_alike = np.convolve(counts, np.ones(15)).max()
+    return bool(most_alike > MOST_ON_A_PLATEAU * ((levels > 31) & (levels < 224)).sum())
 
 
 ADVICE = (
