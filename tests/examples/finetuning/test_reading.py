@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from functools import partial
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -265,6 +266,19 @@ def test_tiff_of_16_bits_with_0_as_white_is_refused(tmp_path: Path) -> None:
     for read in (read_mask, read_image):
         with pytest.raises(ValueError, match="values of which 0 is white"):
             read(path)
+
+
+def test_tiff_of_32_bits_without_a_sign(tmp_path: Path) -> None:
+    path = tmp_path / "large.tif"
+    for value, known in ((7, True), (-(2**31), False)):
+        Image.fromarray(MASK * np.int32(value)).save(path)
+        with_tag(path, 339, 1)
+        for read in (read_mask, partial(read_image, reading=Reading(image_range=(0, 7)))):
+            if known:
+                read(path)
+            else:
+                with pytest.raises(ValueError, match="values above 2147483647; save it with fewer"):
+                    read(path)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

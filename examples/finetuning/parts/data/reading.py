@@ -16,7 +16,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    PHOTOMETRIC_INTERPRETATION,
+    SAMPLEFORMAT,
+    TiffImageFile,
+)
 from scipy.ndimage import maximum_filter, minimum_filter
 
 from parts.errors import first_line
@@ -141,6 +146,10 @@ def _load(path: Path) -> _Loaded:
                 raise ContentError("values of which 0 is white; save it so that 0 is black")
             turned = file.getexif().get(ExifTags.Base.Orientation)
             turned = turned if turned in range(UPRIGHT, 9) else UPRIGHT  # others say nothing
+            # Pillow takes the upper half of what 32 bits without a sign can hold for negative.
+            signed = tags.get(SAMPLEFORMAT, [1])[0] != 1
+            if file.mode == "I" and not signed and file.getextrema()[0] < 0:
+                raise ContentError(f"values above {2**31 - 1}; save it with fewer bits")
             return _Loaded(ImageOps.exif_transpose(file), file.format, turned)
     except (ContentError, OSError):
         raise
