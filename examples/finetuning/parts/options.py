@@ -20,6 +20,7 @@ CACHE_DTYPES = ("float16", "bfloat16")
 SAM_MODELS = ("vit_b", "vit_l", "vit_h", "tiny")
 SAM2_SIZES = ("t", "s", "b+", "l")
 SAM2_MODELS = (*(f"{v}_hiera_{size}" for v in ("sam2.1", "sam2") for size in SAM2_SIZES), "tiny")
+MOST_POINTS = 1000  # of a prompt
 LARGEST = 1e30  # so that float32 can hold products of it
 SMALL_TRANSFORMERS = ("tiny-sam", "tiny-sam2")
 MODELS = {"sam": SAM_MODELS, "sam2": SAM2_MODELS}
@@ -66,10 +67,11 @@ def parse_training(
 
     add_data(parser.add_argument_group("data"))
     group = parser.add_argument_group("prompts")
+    points = whole(1, MOST_POINTS)
     group.add_argument("--prompts", choices=("mixed", "boxes", "points"), default="mixed")
-    group.add_argument("--points", type=whole(1), default=1, help="points of a prompt in training")
+    group.add_argument("--points", type=points, default=1, help="points of a prompt in training")
     group.add_argument("--eval-prompts", choices=("boxes", "points"), default="boxes")
-    group.add_argument("--eval-points", type=whole(1), default=5, help="the same in evaluation")
+    group.add_argument("--eval-points", type=points, default=5, help="the same in evaluation")
 
     group = parser.add_argument_group("InfoSAM")
     group.add_argument("--alpha", type=order, default=2.0, help="order of the Renyi entropy")
@@ -115,6 +117,8 @@ def parse_training(
     ):
         if package in MODELS and model not in (None, "tiny") and weights is None:
             parser.error(f"{flag} is needed for {model}")
+    if options.teacher is None and options.teacher_checkpoint is not None:
+        parser.error("--teacher-checkpoint needs --teacher, which says of what size it is")
     return options
 
 

@@ -40,6 +40,9 @@ WRONG = {
     "--images somewhere --masks elsewhere": "give either --data or both --images and --masks",
     "--images somewhere": "give either --data or both --images and --masks",
     "--teacher vit_h": "--teacher-checkpoint is needed for vit_h",
+    "--teacher-checkpoint x.pth": "--teacher-checkpoint needs --teacher",
+    "--points 1001": "--points: must be at most 1000, got 1001",
+    "--eval-points 1001": "--eval-points: must be at most 1000, got 1001",
     "--model vit_b": "--checkpoint is needed for vit_b",
     "--epoch 1 --metod lora": "unrecognized arguments: --metod lora",
 }

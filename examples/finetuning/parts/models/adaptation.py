@@ -64,8 +64,16 @@ def add_lora(encoder: nn.Module, rank: int, targets: list[str]) -> int:
         if name.split(".")[-1] in targets and isinstance(layer, nn.Linear)
     ]
     if found:
+        check_rank(rank, [encoder.get_submodule(name) for name in found])
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=found), encoder)
     return len(found)
+
+
+def check_rank(rank: int, layers: list[nn.Linear]) -> None:
+    """Raise `InputError` if a rank is above that of the layers themselves."""
+    width = min(min(layer.in_features, layer.out_features) for layer in layers)
+    if rank > width:
+        raise InputError(f"--rank must be at most {width}, the width of a layer, got {rank}")
 
 
 class HeadLoRA(nn.Module):
@@ -106,6 +114,7 @@ def with_heads(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tens
 def add_head_lora(encoder: nn.Module, rank: int) -> int:
     """Add a LoRA for each head to the qkv of every attention; return how many attentions."""
     attentions = [block.attn for block in encoder.modules() if hasattr(block, "attn")]
+    check_rank(rank, [attention.qkv for attention in attentions])
     for attention in attentions:
         names = ("num_heads", "num_attention_heads")
         heads = next(getattr(attention, name) for name in names if hasattr(attention, name))
@@ -180,13 +189,19 @@ def trainable_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
 
+def shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    """Return the shape of each tensor."""
+    return {name: value.shape for name, value in state.items()}
+
+
 @torch.no_grad()
 def load_trainable_state(module: nn.Module, state: dict[str, Tensor]) -> None:
     """Load what `trainable_state` returned into a module that was adapted in the same way."""
-    own = trainable_state(module)
-    if own.keys() != state.keys():
+    own, found = shapes(trainable_state(module)), shapes(state)
+    if own != found:
+        other = sorted(name for name, _ in own.items() ^ found.items())
         raise InputError(
-            f"the saved weights must be those that train, {len(own)}, got {len(state)}. Was the "
-            "model adapted in the same way?"
+            f"the saved weights must be those that train, {len(own)}, got {len(found)} "
+            f"({other[0]}). Was the model adapted in the same way?"
         )
     module.load_state_dict(state, strict=False)
