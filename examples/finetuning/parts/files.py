@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any
 from parts.errors import InputError, os_error_behind
 
 UNFINISHED = ".unfinished"
+UNFINISHED_NAME = rf"\.\w{{8}}\{UNFINISHED}"  # what follows the name that is meant, as a pattern
 
 
 def refuse_existing(paths: Iterable[Path]) -> None:
@@ -102,6 +104,29 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
     except OSError:
         return
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a file that one process alone can hold. A process that is killed lets go of it.
+
+    Raises:
+        InputError: If another process holds it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        # Unlike those of `flock`, these locks do not pass to the processes that load the data,
+        # which outlive a killed one for some seconds.
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+        except (BlockingIOError, PermissionError):
+            held = False
+        if not held:
+            raise InputError(f"another process holds {path}; wait for its end, or stop it")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync(path: Path) -> None:

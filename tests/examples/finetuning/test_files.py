@@ -1,6 +1,7 @@
 """What is written appears whole or not at all, and nothing that is there is changed."""
 
 import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ import pytest
 from finetuning_runs import FINETUNING
 
 from parts.errors import InputError, describe, plain_errors
-from parts.files import appearing, refuse_existing, replace, replace_json
+from parts.files import appearing, locked, refuse_existing, replace, replace_json
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
@@ -157,6 +158,30 @@ def test_killed_while_writing(strike: str, tmp_path: Path) -> None:
     if not expected:
         with appearing(tmp_path / "new" / "folder") as place:
             full_folder(place)
+
+
+def hold(path: Path) -> int:
+    """Return the exit status of another process that holds a file, or tries to."""
+    code = "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+    code += "from parts.files import locked\nwith locked(Path(sys.argv[2])): pass"
+    done = subprocess.run([sys.executable, "-c", code, FINETUNING, path], check=False)
+    return done.returncode
+
+
+def test_one_process_holds_a_file(tmp_path: Path) -> None:
+    with locked(tmp_path / "lock"):
+        assert hold(tmp_path / "lock") == 1
+    assert hold(tmp_path / "lock") == 0
+
+
+def test_a_lock_that_was_removed_meanwhile_is_not_held(tmp_path: Path, monkeypatch) -> None:
+    """Its name may be that of another file by now, which another process holds."""
+    lockf = fcntl.lockf
+    monkeypatch.setattr(
+        fcntl, "lockf", lambda *given: (lockf(*given), (tmp_path / "lock").unlink())
+    )
+    with pytest.raises(InputError, match="another process holds"), locked(tmp_path / "lock"):
+        pass
 
 
 LIMITED = """

@@ -1,9 +1,13 @@
 """Runs that are stopped, go on, are moved, and are held wrong; nothing of the user's is touched."""
 
+import json
+import re
 import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +33,8 @@ import evaluate
 import export
 import pictures
 from parts.models import huggingface
-from parts.runs import checkpoint
+from parts.runs import checkpoint, folder
+from parts.runs.folder import read_options
 from parts.runs.trained import load_teacher
 from parts.training import loop
 
@@ -208,6 +213,129 @@ def test_files_beside_a_run_stay(data: Path, tmp_path: Path, monkeypatch) -> Non
     with pytest.raises(TypeError):
         run("sam", data, output, "--epochs", 2, "--resume")
     assert {name: (output / name).read_text() for name in own} == own
+
+
+def test_a_folder_that_is_no_run_stays(data: Path, tmp_path: Path, capsys) -> None:
+    """Though it has files and folders of the names that a run has."""
+    output = tmp_path / "mine"
+    (output / "tensorboard").mkdir(parents=True)
+    (output / "draft.unfinished").mkdir()
+    own = {"options.json": '{"my": 1}', "training.csv": "precious", "tensorboard/keep": ""}
+    for name, content in own.items():
+        (output / name).write_text(content)
+    before = snapshot(output)
+    for options in ([], ["--resume"]):
+        said = outcome(data, output, capsys, "--epochs", 1, "--lr", 1e30, *options)
+        assert "mine/options.json is damaged, it must have alpha, " in said
+        (output / "options.json").unlink()
+        assert "must be a new or empty folder" in outcome(data, output, capsys, *options)
+        (output / "options.json").write_text(own["options.json"])
+        assert snapshot(output) == before
+
+
+def test_a_begun_run_stays_if_it_fails_again(
+    trained, data: Path, tmp_path: Path, monkeypatch
+) -> None:
+    output = shutil.copytree(trained("sam", "lora"), tmp_path / "run")
+    for path in output.glob("epoch-*"):
+        shutil.rmtree(path)  # as if it had been killed in its first epoch
+    before = snapshot(output).keys() - {"validation.csv"}  # whose rows were of later epochs
+    monkeypatch.setattr(loop, "evaluate", None)
+    with pytest.raises(TypeError):
+        run("sam", data, output, "--resume")
+    assert snapshot(output).keys() >= before
+
+
+HOLD = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {finetuning!r})
+from parts.files import locked
+with locked(Path({path!r})):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Let another process hold a file, and kill it in the end."""
+    code = HOLD.format(finetuning=str(FINETUNING), path=str(path))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        assert process.stdout.readline() == b"held\n"
+        yield
+        process.kill()
+
+
+@pytest.mark.parametrize("checkpoints", [0, 1])
+def test_one_process_trains_a_run(
+    checkpoints: int, trained, data: Path, tmp_path: Path, capsys
+) -> None:
+    output = shutil.copytree(trained("sam", "lora"), tmp_path / "run")
+    (output / "result.json").unlink()
+    for path in sorted(output.glob("epoch-*"))[checkpoints:]:
+        shutil.rmtree(path)
+    before, options = snapshot(output), [*training_options("sam", "lora"), "--resume"]
+    with held(output / "run.lock"):
+        assert f"another process holds {output}/run.lock" in outcome(data, output, capsys, *options)
+        assert snapshot(output) == before
+    run("sam", data, output, *options)  # a killed process holds nothing
+    assert (output / "result.json").exists()
+
+
+def test_of_two_new_runs_one_trains(data: Path, tmp_path: Path, capsys) -> None:
+    with held(tmp_path / "run.lock"):
+        assert "another process holds" in outcome(data, tmp_path, capsys, "--epochs", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+    run("sam", data, tmp_path, "--epochs", 1)  # what a kill left is not in the way
+
+
+@pytest.mark.parametrize("name", ["state.pt", "distiller.safetensors", "training.csv", "cache"])
+def test_a_bad_start_changes_nothing(
+    name: str, trained, data: Path, tmp_path: Path, capsys
+) -> None:
+    output = shutil.copytree(trained("sam", "lora"), tmp_path / "run")
+    options = [*training_options("sam", "lora"), "--epochs", 3, "--resume"]
+    path = output / ("" if name.endswith(".csv") else "epoch-002") / name
+    if name == "cache":
+        options += ["--teacher-cache", __file__]
+        message = "--teacher-cache must be a folder"
+    elif name == "training.csv":
+        path.write_bytes(b"step,loss\n1,\xff\n")
+        message = f"{path} is damaged, a row must start with a number: "
+    else:
+        path.write_bytes(path.read_bytes()[:-1000])
+        message = f"Remove {path.parent} to go on from the epoch before."
+    before = snapshot(output)
+    assert message in outcome(data, output, capsys, *options)
+    assert snapshot(output) == before
+
+
+def test_what_a_killed_start_left_is_not_in_the_way(data: Path, tmp_path: Path, capsys) -> None:
+    left = [tmp_path / f"{name}.a_bc0123.unfinished" for name in ("options.json", "epoch-001")]
+    mine = [tmp_path / "notes.a_bc0123.unfinished", tmp_path / "options.json.unfinished"]
+    for path in (*left, *mine):
+        path.mkdir()
+    (tmp_path / "run.lock").touch()
+    before = snapshot(tmp_path)
+    assert "must be a new or empty folder" in outcome(data, tmp_path, capsys)
+    assert snapshot(tmp_path) == before
+    for path in mine:
+        path.rmdir()
+    run("sam", data, tmp_path, "--epochs", 1)
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_start_that_is_refused_late_leaves_no_folders(
+    data: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    def unreadable(*_) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(folder, "digest_of_weights", unreadable)
+    assert "Input/output error" in outcome(data, tmp_path / "new" / "run", capsys)
+    assert snapshot(tmp_path) == {}
 
 
 # --- more epochs ---------------------------------------------------------------------------------
@@ -410,7 +538,10 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(
         ("epoch-002/state.pt", b"half", "state.pt is damaged: "),
         ("epoch-001/student.safetensors", b"half", "student.safetensors is damaged: "),
         ("epoch-002/student.safetensors", b"half", "student.safetensors is damaged: "),
-        ("epoch-002/student.safetensors", None, "No such file"),
+        ("epoch-001/student.safetensors", b"half", "Use another epoch."),
+        ("epoch-002/student.safetensors", None, "student.safetensors is missing. Remove "),
+        ("epoch-002/state.pt", b"", "state.pt is damaged: "),
+        ("epoch-002/state.pt", None, "state.pt is missing. Remove "),
     ],
 )
 def test_damaged_files_of_a_run_are_one_line(
@@ -426,6 +557,65 @@ def test_damaged_files_of_a_run_are_one_line(
         export.main([str(damaged), str(tmp_path / "x.pth"), *epoch])
     assert message in str(exit_info.value)
     assert "\n" not in str(exit_info.value)
+
+
+@pytest.mark.parametrize("best", [None, 3, {}, {"epoch": 1}, {"epoch": "1", "iou": 0.5}])
+def test_a_state_without_the_best_epoch_is_damaged(best: object, tmp_path: Path) -> None:
+    path = tmp_path / "epoch-002"
+    path.mkdir()
+    torch.save({"epoch": 2} | ({} if best is None else {"best": best}), path / "state.pt")
+    with pytest.raises(ValueError, match=r"state.pt is damaged: .*Remove .* to go on from"):
+        checkpoint.load_state(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("package", "os", "package must be one of sam, sam2, huggingface, got 'os'"),
+        ("package", [], "package must be one of sam, sam2, huggingface, got []"),
+        ("model", "vit_x", "model must be one of vit_b, vit_l, vit_h, tiny, got 'vit_x'"),
+        ("teacher", 3, "teacher must be one of vit_b, vit_l, vit_h, tiny or null, got 3"),
+        ("rank", "four", "rank must be a whole number from 1 to 2147483647, got 'four'"),
+        ("rank", True, "rank must be a whole number from 1 to 2147483647, got True"),
+        ("epochs", None, "epochs must be a whole number from 1 to 2147483647, got None"),
+        ("seed", 2**32, "seed must be a whole number from 0 to 4294967295, got 4294967296"),
+        ("targets", "qkv", "targets must be a list of names, got 'qkv'"),
+        ("data", 5, "data must be a path, got 5"),
+        ("data", None, "data must be a path, got None"),
+        ("checkpoint", "a\0", "checkpoint must be a path or null, got 'a\\x00'"),
+        ("foreground", "abc", "foreground must be a list of pairs, got 'abc'"),
+        ("ignore", [[2, 1]], "ignore must be a list of pairs, got [[2, 1]]"),
+        ("image_range", [1, 1], "image_range must be a pair of numbers that rises or null"),
+        ("alpha", 0, "alpha must be a number above 0, got 0"),
+        ("digests", {"data": None}, "digests must be texts by name, got {'data': None}"),
+        ("no_infosam", 0, "no_infosam must be true or false, got 0"),
+    ],
+)
+def test_wrong_values_of_options_json_are_named(
+    name: str, value: object, message: str, trained, tmp_path: Path
+) -> None:
+    content = json.loads((trained("sam", "lora") / "options.json").read_text())
+    (tmp_path / "options.json").write_text(json.dumps(content | {name: value}))
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/options.json: {message}")):
+        read_options(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"epochs": null}', "null"])
+def test_resuming_without_whole_options_is_refused(
+    content: str, trained, data: Path, tmp_path: Path, capsys
+) -> None:
+    damaged = shutil.copytree(trained("sam", "lora"), tmp_path / "run")
+    (damaged / "options.json").write_text(content)
+    options = [*training_options("sam", "lora"), "--epochs", 3, "--resume"]
+    assert "options.json is damaged, it must have" in outcome(data, damaged, capsys, *options)
+
+
+def test_weights_of_another_rank_are_refused(trained, tmp_path: Path) -> None:
+    damaged = shutil.copytree(trained("sam", "lora"), tmp_path / "run")
+    content = json.loads((damaged / "options.json").read_text())
+    (damaged / "options.json").write_text(json.dumps(content | {"rank": 3}))
+    with pytest.raises(SystemExit, match="Was the model adapted in the same way"):
+        export.main([str(damaged), str(tmp_path / "x.pth")])
 
 
 @pytest.mark.parametrize("name", ["training", "validation"])
@@ -455,6 +645,8 @@ def test_damaged_tables_of_a_run_are_one_line(
         (["--model", "vit_l", "--teacher", "vit_h"], "--teacher-checkpoint is needed for vit_h"),
         (["--targets", "query"], "linear layers are called lin1, lin2, proj, qkv"),
         (["--precision", "fp16", "--cpu"], "fp16"),
+        (["--rank", 10**8], "--rank must be at most 96, the width of a layer, got 100000000"),
+        (["--rank", 97, "--method", "lora-heads"], "--rank must be at most 96"),
         (["--alpha", -1], "alpha"),
         (["--checkpoint", "nowhere.pth"], "--checkpoint must be a readable file"),
         (["--model", "vit_b"], "--checkpoint must be of vit_b"),

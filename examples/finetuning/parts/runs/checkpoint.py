@@ -69,9 +69,12 @@ def resume(checkpoint: Path, modules: Modules, others: Others) -> tuple[int, dic
     """Load what `save` wrote; return the number of epochs that are done, and the best so far."""
     load_weights(checkpoint, modules)
     state = load_state(checkpoint)
-    for name, other in others.items():
-        other.load_state_dict(state[name])
-    return state["epoch"], state["best"]
+    try:
+        for name, other in others.items():
+            other.load_state_dict(state[name])
+    except Exception as error:  # what lacks or does not fit raises an exception of its own type
+        raise damaged(checkpoint / "state.pt", error) from error
+    return epochs_done(checkpoint), state["best"]
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -82,14 +85,27 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / "state.pt"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        best = state["best"]
+        if not (isinstance(best["epoch"], int) and isinstance(best["iou"], float)):
+            raise TypeError("its best epoch and IoU are no numbers")
+        return state
+    except PermissionError:
         raise
     except Exception as error:  # each kind of damage raises an exception of its own type
-        raise InputError(
-            f"{path} is damaged: {first_line(error)}. Remove {checkpoint} to go on from the epoch "
-            "before."
-        ) from error
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> InputError:
+    """Return what to say of a file of a checkpoint that cannot be used, and what to do."""
+    checkpoint = path.parent
+    if isinstance(error, FileNotFoundError):
+        what = f"{path} is missing"
+    else:
+        what = f"{path} is damaged: {first_line(error)}"
+    if checkpoint == latest(checkpoint.parent):
+        return InputError(f"{what}. Remove {checkpoint} to go on from the epoch before.")
+    return InputError(f"{what}. Use another epoch.")
 
 
 def load_weights(checkpoint: Path, modules: Modules) -> None:
@@ -102,8 +118,10 @@ def load_weights(checkpoint: Path, modules: Modules) -> None:
         path = checkpoint / f"{name}.safetensors"
         try:
             state = load_file(path)
-        except SafetensorError as error:
-            raise InputError(f"{path} is damaged: {first_line(error)}") from error
+        except PermissionError:
+            raise
+        except (SafetensorError, OSError) as error:
+            raise damaged(path, error) from error
         check_finite(state, f"{path} must hold finite weights")
         try:
             load_trainable_state(module, state)

@@ -9,15 +9,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from parts import files
 from parts.errors import InputError
 from parts.options import MODELS, SMALL_TRANSFORMERS
 from parts.runs.checkpoint import epochs_done, latest
+from parts.runs.recorded import FILE, read_recorded
 
 # The options with the name of a model, and with its weights.
 STUDENT, TEACHER = ("model", "checkpoint"), ("teacher", "teacher_checkpoint")
@@ -26,22 +29,11 @@ STUDENT, TEACHER = ("model", "checkpoint"), ("teacher", "teacher_checkpoint")
 PLACES = ("data", "images", "masks", "checkpoint", "teacher_checkpoint", "teacher_cache")
 # What is not remembered, as it has no influence on the result.
 FORGOTTEN = ("output", "resume", "threads", "workers", "cpu", "log_every")
-# What a call that did not come to a checkpoint may have left.
-TRACES = ("options.json", "training.csv", "validation.csv", "tensorboard")
-# The values of options that are younger than some runs.
-LATER: dict[str, Any] = {
-    "checkpoint": None,
-    "digests": {},
-    "foreground": [],
-    "ignore": [],
-    "image_range": None,
-    "no_infosam": False,
-    "teacher": None,
-    "teacher_checkpoint": None,
-}
-# Without these, a run is of no use.
-NEEDED = {"package", "model", "method", "rank", "targets", "seed", "batch_size", "epochs"}
-NEEDED |= {"data", "images", "masks", "test_table", "eval_prompts", "eval_points", "alpha"}
+LOCK = "run.lock"
+# What a new run that did not come to a checkpoint may have left.
+TRACES = (FILE, "training.csv", "validation.csv", "tensorboard", LOCK)
+# What a run writes in one piece, so that a kill may leave an unfinished one.
+WRITTEN = r"(options\.json|training\.csv|validation\.csv|result\.json|epoch-\d+)"
 WRONG = {
     "data": "the images and masks for training and validation are not those of the run: with "
     "others, some that it has been trained on may be tested",
@@ -50,13 +42,6 @@ WRONG = {
     "model": "--model must hold the weights that the run started from",
     "teacher": "--teacher must hold the weights of the run's teacher",
 }
-
-
-class Start(NamedTuple):
-    """How a run starts."""
-
-    checkpoint: Path | None  # to go on from, if there is one
-    made: list[Path]  # the folders that were made for it, the innermost first
 
 
 def places(options: argparse.Namespace) -> list[str]:
@@ -109,13 +94,9 @@ def read_options(folder: Path, given: argparse.Namespace | None = None) -> argpa
     Raises:
         InputError: If the folder holds no run, or if it has no use for a place that is given.
     """
-    path = folder / "options.json"
-    if not path.exists():
-        raise InputError(f"{folder} must hold a run, and has no options.json")
-    content = files.read_json(path)
-    if not isinstance(content, dict) or not content.keys() >= NEEDED:
-        raise InputError(f"{path} is damaged, it must have {', '.join(sorted(NEEDED))}")
-    options = argparse.Namespace(**LATER | content)
+    if not (folder / FILE).exists():
+        raise InputError(f"{folder} must hold a run, and has no {FILE}")
+    options = argparse.Namespace(**read_recorded(folder))
     for name in places(options):
         value = getattr(options, name)
         setattr(options, name, None if value is None else Path(value))
@@ -148,18 +129,17 @@ def check_output(options: argparse.Namespace) -> None:
             started with other options.
     """
     folder: Path = options.output
-    path = folder / "options.json"
-    if not path.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not (folder / FILE).exists():
+        if folder.exists() and not is_free(folder):
             raise InputError(f"--output must be a new or empty folder, got {folder}")
         return
+    before, asked = read_recorded(folder), remembered(options)
     begun = latest(folder) is not None
     if not options.resume:
         how = "Go on with" if begun else "It has no checkpoint. Start it anew with"
         raise InputError(f"{folder} holds a run. {how} --resume, or name another --output.")
     if not begun:
         return
-    before, asked = LATER | files.read_json(path), remembered(options)
     if options.epochs < before["epochs"]:
         raise InputError(f"--epochs may grow, was {before['epochs']}, is {options.epochs}")
     if (folder / "result.json").exists() and options.epochs == before["epochs"]:
@@ -175,38 +155,69 @@ def check_output(options: argparse.Namespace) -> None:
         raise InputError(f"--resume must go on with the same options: {'; '.join(lines)}")
 
 
-def start(options: argparse.Namespace) -> Start:
-    """Write what is asked for into the folder of a run, which may have a checkpoint to go on from.
+def is_free(folder: Path) -> bool:
+    """Return whether a folder holds nothing but what a killed start may have left."""
+    if not folder.is_dir():
+        return False
+    left = unfinished(folder)
+    return all(
+        path in left or (path.name == LOCK and path.stat().st_size == 0)
+        for path in folder.iterdir()
+    )
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """Return what a killed run was writing."""
+    names = re.compile(WRITTEN + files.UNFINISHED_NAME)
+    return [path for path in folder.iterdir() if names.fullmatch(path.name) and path.is_dir()]
+
+
+@contextmanager
+def running(options: argparse.Namespace) -> Iterator[Path | None]:
+    """Hold the folder of a run while it trains; yield the checkpoint to go on from, if any.
+
+    Until `record`, nothing of an earlier run is changed. If a new run does not come to its first
+    checkpoint, nothing is left of it.
 
     Raises:
-        InputError: If the folder cannot be used, or if its run had other data or weights.
+        InputError: If the folder cannot be used, if its run had other data or weights, or if
+            another process trains it.
     """
-    check_output(options)
-    options.digests |= digest_of_weights(options, (*STUDENT, *TEACHER))
     folder: Path = options.output
-    path, last = folder / "options.json", latest(folder)
-    if last is not None:
-        before = files.read_json(path).get("digests", {})
-        check_digests(before, dict.fromkeys(before, "") | options.digests)
-        if epochs_done(last) < options.epochs:
-            (folder / "result.json").unlink(missing_ok=True)  # that of fewer epochs
     made = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in folder.glob(f"*{files.UNFINISHED}"):
-        shutil.rmtree(unfinished, ignore_errors=True)
-    files.replace_json(path, remembered(options))
-    return Start(last, made)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with files.locked(folder / LOCK):
+            check_output(options)  # again, as another process may have been here
+            is_new = not (folder / FILE).exists()
+            try:
+                options.digests |= digest_of_weights(options, (*STUDENT, *TEACHER))
+                if latest(folder) is not None:
+                    before = read_recorded(folder)["digests"]
+                    check_digests(before, dict.fromkeys(before, "") | options.digests)
+                for path in unfinished(folder):
+                    shutil.rmtree(path, ignore_errors=True)
+                yield latest(folder)
+            finally:
+                if is_new and latest(folder) is None:
+                    remove_traces(folder)
+    finally:
+        for place in made:  # the innermost first; a folder that holds something stays
+            files.remove_if_empty(place)
 
 
-def undo_start(folder: Path, made: list[Path]) -> None:
-    """Remove what a call left that did not come to its first checkpoint."""
-    if latest(folder) is not None:
-        return
-    for name in TRACES:
-        path = folder / name
+def record(options: argparse.Namespace) -> None:
+    """Write what is asked for into the folder of a run, once nothing speaks against it."""
+    last = latest(options.output)
+    if last is not None and epochs_done(last) < options.epochs:
+        (options.output / "result.json").unlink(missing_ok=True)  # that of fewer epochs
+    files.replace_json(options.output / FILE, remembered(options))
+
+
+def remove_traces(folder: Path) -> None:
+    """Remove what a new run left that did not come to its first checkpoint."""
+    for path in (folder / name for name in TRACES):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    for place in made:
-        files.remove_if_empty(place)

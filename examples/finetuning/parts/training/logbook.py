@@ -178,20 +178,35 @@ class Logbook:
         self.tensorboard.flush()
 
 
+def check_tables(options: argparse.Namespace) -> None:
+    """Raise `InputError` if a table of a run is damaged."""
+    for name in TABLES:
+        rows_until(options.output / f"{name}.csv", 0)
+
+
 def keep_until(table: Path, step: int) -> None:
     """Remove the rows after a step, and the last one if a kill cut it short.
 
     Raises:
         InputError: If a row is damaged.
     """
-    if not table.exists():
-        return
-    header, *rows = table.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
-    try:
-        kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
-    except ValueError as error:
-        raise InputError(f"{table} is damaged, a row must start with a number: {error}") from error
+    header, kept = rows_until(table, step)
     if kept:
         files.replace(table, "".join([header, *kept]))
     else:
-        table.unlink()
+        table.unlink(missing_ok=True)
+
+
+def rows_until(table: Path, step: int) -> tuple[str, list[str]]:
+    """Return the first line of a table, and its whole rows up to a step."""
+    if not table.exists():
+        return "", []
+    try:
+        header, *rows = table.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
+        whole = [row for row in rows if row.endswith("\n")]
+        return header, [row for row in whole if int(row.split(",")[0]) <= step]
+    except ValueError as error:
+        raise InputError(
+            f"{table} is damaged, a row must start with a number: {error}. Repair it, or move it "
+            "elsewhere."
+        ) from error

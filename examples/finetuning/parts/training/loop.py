@@ -6,6 +6,8 @@ import argparse
 import copy
 import math
 import time
+from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -22,9 +24,9 @@ from parts.models.adaptation import adapt
 from parts.models.segmenter import Segmenter, build, check_teacher
 from parts.options import next_command
 from parts.runs import checkpoint
-from parts.runs.folder import Start, check_output, start, undo_start
+from parts.runs.folder import check_output, record, running
 from parts.training.cache import teacher_encoder
-from parts.training.logbook import Logbook
+from parts.training.logbook import Logbook, check_tables
 from parts.training.loss import structure_loss
 from parts.training.processes import accelerate, from_main_process
 from renyi_kd import FeatureCollector, InfoSAMDistiller
@@ -57,14 +59,10 @@ def train(options: argparse.Namespace) -> None:
         distillation_weight=options.distillation_weight,
         process_group=torch.distributed.group.WORLD,  # None on one process
     )
-    started = from_main_process(start, options)
-    try:
-        fit(accelerator, splits, report, teacher, student, distiller, started, options)
-    except BaseException:
-        if accelerator.is_main_process:
-            undo_start(options.output, started.made)
-        raise
-    accelerator.wait_for_everyone()
+    with ExitStack() as stack:
+        last = from_main_process(lambda asked: stack.enter_context(running(asked)), options)
+        fit(accelerator, splits, report, teacher, student, distiller, last, options)
+        accelerator.wait_for_everyone()
     accelerator.end_training()
     print(f"{options.output} holds the run. {next_command('evaluate.py', options.output)}")
 
@@ -88,10 +86,10 @@ def fit(
     teacher: Segmenter,
     student: Segmenter,
     distiller: InfoSAMDistiller,
-    started: Start,
+    last: Path | None,
     options: argparse.Namespace,
 ) -> None:
-    """Train the student and the distiller, from the beginning or from a checkpoint."""
+    """Train the student and the distiller, from the beginning or from the last checkpoint."""
     teacher.to(accelerator.device)
     distiller.to(accelerator.device)
     with accelerator.main_process_first():
@@ -119,11 +117,14 @@ def fit(
     if accelerator.scaler is not None:
         others["scaler"] = accelerator.scaler
     done, best = 0, {"epoch": 0, "iou": -1.0}
-    if started.checkpoint is not None:
-        done, best = checkpoint.resume(started.checkpoint, modules, others)
+    if last is not None:
+        done, best = checkpoint.resume(last, modules, others)
         for group in optimizer.param_groups:  # with more epochs than before, it is not what it was
             group["lr"] = options.lr * cosine(done * epoch_steps)
         print(f"resumed after epoch {done}")
+    # Up to here nothing of an earlier run was changed, so that a bad start leaves it as it was.
+    from_main_process(check_tables, options)
+    from_main_process(record, options)
     log = Logbook(
         options,
         splits["train"],
