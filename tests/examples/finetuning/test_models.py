@@ -3,12 +3,15 @@
 import copy
 import math
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from finetuning_runs import build
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from parts.data.prompts import Prompts
 from parts.models import huggingface, sam, segmenter, tiny_sam
@@ -41,12 +44,23 @@ def overflow(path: Path) -> None:
     torch.save(weights, path)
 
 
+def convert(path: Path, change: Callable[[Tensor], Tensor]) -> None:
+    weights, name = torch.load(path), "mask_decoder.iou_token.weight"
+    torch.save(weights | {name: change(weights[name])}, path)
+
+
+as_sparse = partial(convert, change=Tensor.to_sparse)
+as_integers = partial(convert, change=Tensor.char)
+as_complex = partial(convert, change=Tensor.cfloat)
+
+
 def narrower(path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny_sam, "DIM", 32)
         torch.save(tiny_sam.build_tiny_sam().state_dict(), path)
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -59,6 +73,9 @@ def narrower(path: Path) -> None:
         (reshape, "0 weights missing, 0 unexpected, 1 of another shape"),
         (add, "0 weights missing, 1 unexpected, 0 of another shape (other.weight)"),
         (overflow, "finite weights, got"),
+        (as_sparse, "dense tensors of floating point, got"),
+        (as_integers, "1 others (mask_decoder.iou_token.weight: torch.int8, torch.strided)"),
+        (as_complex, "1 others (mask_decoder.iou_token.weight: torch.complex64"),
         (narrower, "0 weights missing, 0 unexpected"),
         (lambda path: torch.save({0: torch.ones(1)}, path), "--checkpoint must hold named"),
         (lambda path: torch.save(build("sam2").model.state_dict(), path), "another size"),
@@ -94,7 +111,7 @@ def test_checkpoints_of_safetensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny-sam", "tiny-sam2"])
-def test_folders_of_transformers(name: str, tmp_path: Path, inputs) -> None:
+def test_folders_of_transformers(name: str, tmp_path: Path, inputs, capfd) -> None:
     images, boxes, *_ = inputs
     source = huggingface.build(name).eval()
     source.model.save_pretrained(tmp_path)
@@ -107,10 +124,12 @@ def test_folders_of_transformers(name: str, tmp_path: Path, inputs) -> None:
     key = next(key for key, value in weights.items() if value.ndim == 2)
     reshaped = weights | {key: weights[key][:-1].clone()}
     lacking = {k: value for k, value in weights.items() if k != key}
-    for spoiled, message in ((reshaped, "readable weights"), (lacking, "all weights")):
+    for spoiled in (reshaped, lacking):
         save_file(spoiled, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=f"--model must hold {message}"):
+        message = f"--model must hold all weights of .*: 1 are missing or of another .*{key}"
+        with pytest.raises(ValueError, match=message):
             huggingface.build(str(tmp_path))
+    assert "REPORT" not in capfd.readouterr().err
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     broken = weights | {key: weights[key] * math.nan}
     save_file(broken, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -132,7 +151,10 @@ def test_folders_of_transformers(name: str, tmp_path: Path, inputs) -> None:
         huggingface.build("nowhere")
 
 
-@pytest.mark.parametrize("config", ["<html>", "{}", '{"model_type": "sam99"}'])
+BAD_VISION = '{"model_type": "sam", "vision_config": "abc"}'
+
+
+@pytest.mark.parametrize("config", ["<html>", "{}", '{"model_type": "sam99"}', BAD_VISION])
 def test_folders_with_a_bad_config(config: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError, match="--model must"):

@@ -18,6 +18,7 @@ from transformers import (
     Sam2VisionConfig,
     SamConfig,
     SamModel,
+    logging,
 )
 
 from parts.data.frame import Frame
@@ -26,6 +27,8 @@ from parts.errors import InputError, first_line
 from parts.models.adaptation import Adapter, add_adapters
 from parts.models.segmenter import Segmenter, check_finite
 from parts.options import SMALL_TRANSFORMERS
+
+logging.set_verbosity_error()  # what is wrong with a folder is said in one line, not in a report
 
 VIDEO = "sam2_video"
 # Deviation of random weights. The usual 0.02 hardly lets a signal through models so narrow.
@@ -115,13 +118,7 @@ def load(folder: Path) -> SamModel | Sam2Model:
     types = {"sam": SamModel, "sam2": Sam2Model, VIDEO: Sam2Model}
     if kind not in types:
         raise InputError(f"--model must be a SAM or SAM2, got {folder} with a {kind}")
-    model, loading = pretrained(types[kind], folder)
-    wrong = [*loading["missing_keys"], *loading["mismatched_keys"]]
-    if wrong:
-        raise InputError(
-            f"--model must hold all weights of its config.json, got {folder}: {len(wrong)} are "
-            f"missing or of another shape ({wrong[0]})"
-        )
+    model = pretrained(types[kind], folder)
     check_finite(model.state_dict(), f"--model must hold finite weights, got {folder}")
     return model
 
@@ -130,22 +127,29 @@ def model_type(folder: Path) -> str:
     """Return what transformers calls the kind of model in a folder."""
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True).model_type
-    except (OSError, ValueError) as error:
+    except Exception as error:  # each kind of damage raises an exception of its own type
         raise InputError(
             f"--model must hold a readable config, got {folder}: {first_line(error)}"
         ) from error
 
 
-def pretrained(kind: type[PreTrainedModel], folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Return the model of a folder in float32, and which of its weights were not found."""
+def pretrained(kind: type[PreTrainedModel], folder: Path) -> PreTrainedModel:
+    """Return the model of a folder in float32, with all of its weights."""
+    asked: dict[str, Any] = {"local_files_only": True, "dtype": torch.float32}
+    asked |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to be told of below
     try:
-        return kind.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
-        )
+        model, loading = kind.from_pretrained(folder, **asked)
     except Exception as error:  # each kind of damage raises an exception of its own type
         raise InputError(
             f"--model must hold readable weights, got {folder}: {first_line(error)}"
         ) from error
+    wrong = [*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])]
+    if wrong:
+        raise InputError(
+            f"--model must hold all weights of its config.json, got {folder}: {len(wrong)} are "
+            f"missing or of another shape ({wrong[0]})"
+        )
+    return model
 
 
 def export(model: SamModel | Sam2Model, name: str, folder: Path) -> None:
@@ -171,7 +175,7 @@ def export(model: SamModel | Sam2Model, name: str, folder: Path) -> None:
 
 def with_video_parts(model: Sam2Model, origin: Path) -> Sam2VideoModel:
     """Return the model for videos of a folder, with the weights of one for images."""
-    video, _ = pretrained(Sam2VideoModel, origin)
+    video = pretrained(Sam2VideoModel, origin)
     video.mask_decoder.dynamic_multimask_via_stability = False
     video.config.mask_decoder_config.dynamic_multimask_via_stability = False
     if any(isinstance(module, Adapter) for module in model.modules()):

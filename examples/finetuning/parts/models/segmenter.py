@@ -15,6 +15,8 @@ from parts.data.frame import Frame
 from parts.data.prompts import Prompts
 from parts.errors import InputError, first_line
 
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 class Segmenter(nn.Module):
     """A package's unedited model, with a `forward` from pictures and prompts to mask logits.
@@ -99,7 +101,7 @@ def load_weights(model: nn.Module, checkpoint: Path, name: str, key: str | None 
 
     Raises:
         InputError: If the file is missing, damaged, of another model, or if it holds weights that
-            are not finite.
+            are not finite or not of floating point.
     """
     try:
         if checkpoint.suffix == ".safetensors":
@@ -127,8 +129,21 @@ def load_weights(model: nn.Module, checkpoint: Path, name: str, key: str | None 
             f"{len(unexpected)} unexpected, {len(reshaped)} of another shape ({examples}). "
             "Is it of another size?"
         )
+    wrong = [key for key, value in model.state_dict().items() if not is_like(weights[key], value)]
+    if wrong:
+        found = weights[wrong[0]]
+        raise InputError(
+            f"--checkpoint must hold dense tensors of floating point, got {checkpoint}: "
+            f"{len(wrong)} others ({wrong[0]}: {found.dtype}, {found.layout})"
+        )
     check_finite(weights, f"--checkpoint must hold finite weights, got {checkpoint}")
     model.load_state_dict(weights)
+
+
+def is_like(found: Tensor, expected: Tensor) -> bool:
+    """Return whether a tensor holds values that another can take over as they are."""
+    floating = found.dtype in FLOATING if expected.is_floating_point() else True
+    return floating and found.layout == expected.layout and not found.is_meta
 
 
 def check_finite(weights: Mapping[str, Tensor], message: str) -> None:
