@@ -187,6 +187,20 @@ def test_read_only_and_full_disks(teacher, rows, tmp_path: Path, monkeypatch) ->
         cached(teacher, rows[:4], tmp_path / "other")
 
 
+@pytest.mark.parametrize("damage", ["truncate", "folder"])
+def test_a_damaged_cache_is_named(damage: str, teacher, rows, tmp_path: Path) -> None:
+    path, given = cached(teacher, rows, tmp_path).path, batches(teacher, rows)
+    if damage == "truncate":
+        os.truncate(path, 1000)
+    else:
+        path.unlink()
+        path.mkdir()
+    with pytest.raises(ValueError, match=rf"^{path} of --teacher-cache is damaged, .* Remove it"):
+        cached(teacher, rows, tmp_path)
+    path.unlink() if path.is_file() else path.rmdir()
+    assert cached(teacher, rows, tmp_path)(given[0]).isfinite().all()
+
+
 def test_out_of_range(teacher, rows, tmp_path: Path) -> None:
     encode = cached(teacher, rows, tmp_path)
     with pytest.raises(ValueError, match="bfloat16"):

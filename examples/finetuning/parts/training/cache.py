@@ -54,7 +54,8 @@ class CachedEncoder:
         dtype: The dtype on disk.
 
     Raises:
-        InputError: If the file cannot be written to although embeddings are missing.
+        InputError: If the file is damaged, or if it cannot be written to although embeddings are
+            missing.
     """
 
     def __init__(self, teacher: Segmenter, count: int, path: Path, dtype: torch.dtype) -> None:
@@ -75,6 +76,11 @@ class CachedEncoder:
                 files.replace(whole, found)
             elif all(found):
                 print(f"Teacher cache: all of {size / 1e6:.1f} MB found in {path}")
+            if (there := path.stat().st_size) != size or not path.is_file():
+                raise InputError(
+                    f"{path} of --teacher-cache is damaged, it must have {size} bytes, has "
+                    f"{there}. Remove it, and it is computed again."
+                )
             self.whole = bytearray(found)
             self.marks = None if all(found) else os.open(whole, os.O_RDWR)
             self.file = os.open(path, os.O_RDONLY if all(found) else os.O_RDWR)
