@@ -18,6 +18,7 @@ REMEDIES = {
     errno.EROFS: "choose a place that may be written",
     errno.ENOENT: "does it exist?",
     errno.ENOTDIR: "a file is where a folder should be",
+    errno.EISDIR: "a folder is where a file should be",
     errno.EEXIST: "name another",
     errno.ENAMETOOLONG: "choose a shorter name",
 }

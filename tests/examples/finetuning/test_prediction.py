@@ -13,7 +13,7 @@ from PIL import Image
 
 import predict
 from parts.data.prompts import Prompts
-from parts.evaluation.prediction import what_is_wrong
+from parts.evaluation.prediction import Prompt, mask_names, what_is_wrong
 from parts.runs.trained import load_run
 
 BOXES, POINTS = "image,x0,y0,x1,y1", "image,x,y,label"
@@ -133,6 +133,34 @@ def test_masks_replace_nothing(trained, image: np.ndarray, tmp_path: Path) -> No
         ask(["b.png", "b.jpg"], "images", "twice")
     assert {path: path.read_bytes() for path in (tmp_path / "images").iterdir()} == before
     assert not (tmp_path / "new").exists()
+
+
+def test_two_names_of_one_folder_are_refused(trained, image: np.ndarray, tmp_path: Path) -> None:
+    Image.fromarray(image).save(tmp_path / "a.png")
+    table = write_table(tmp_path / "p.csv", BOXES, [["a.png", 60, 50, 180, 190]])
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link").symlink_to("sub")
+    for output, overlays in (("x", "sub/../x"), ("sub/x", "link/x"), ("link/x/y", "sub/x")):
+        places = ["--output", f"{tmp_path}/{output}", "--overlays", f"{tmp_path}/{overlays}"]
+        with pytest.raises(SystemExit, match="must be two folders, neither inside the other"):
+            predict.main([str(trained("sam", "lora")), table, *places])
+    assert not any((tmp_path / "sub").iterdir())
+
+
+def test_the_mask_of_a_link_has_the_name_of_the_link(tmp_path: Path) -> None:
+    (tmp_path / "real.png").touch()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "link.png").symlink_to("../real.png")
+    box = [Prompt("", [0, 0, 1, 1])]
+    for cell in ("link.png", "../images/link.png"):
+        image = tmp_path / "images" / cell
+        assert mask_names({image: box}, tmp_path / "images") == {image: [Path("link.png")]}
+
+
+def test_a_path_that_does_not_exist_is_no_table(trained, tmp_path: Path) -> None:
+    box = ["--box", "1", "1", "9", "9", "--output", str(tmp_path / "masks")]
+    with pytest.raises(SystemExit, match=r"nope: No such file or directory \(does it exist\?\)"):
+        predict.main([str(trained("sam", "lora")), str(tmp_path / "nope"), *box])
 
 
 WRONG = {

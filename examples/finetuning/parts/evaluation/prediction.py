@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -51,8 +52,9 @@ def predict(arguments: argparse.Namespace) -> None:
     """
     outputs = [path for path in (arguments.output, arguments.overlays) if path is not None]
     refuse_existing(outputs)
+    resolved = [path.resolve() for path in outputs]
     if len(outputs) == 2 and any(
-        one in (other, *other.parents) for one, other in (outputs, outputs[::-1])
+        one in (other, *other.parents) for one, other in (resolved, resolved[::-1])
     ):
         raise InputError("--output and --overlays must be two folders, neither inside the other")
     reading = reading_of(read_options(arguments.run))
@@ -85,7 +87,7 @@ def ask(arguments: argparse.Namespace) -> tuple[Path, Asked]:
     """
     source: Path = arguments.prompts
     if not source.is_dir():
-        if arguments.box is not None:
+        if arguments.box is not None and source.exists():
             raise InputError(f"--box is for all images of a folder, got the table {source}")
         folder = arguments.images or source.parent
         return folder, read_prompts(source, folder)
@@ -200,7 +202,8 @@ def mask_names(asked: Asked, folder: Path) -> dict[Path, list[Path]]:
     taken = dict[Path, Path]()
     names = {}
     for image, prompts in asked.items():
-        place, root = image.resolve(), folder.resolve()
+        # A link keeps its own name, as the rows of a table may be links to one file.
+        place, root = (Path(os.path.abspath(path)) for path in (image, folder))
         stem = place.relative_to(root) if place.is_relative_to(root) else Path(place.name)
         count = len(prompts) if len(prompts[0].numbers) == len(BOX) else 1
         names[image] = [
