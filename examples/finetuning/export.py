@@ -1,7 +1,8 @@
 """Write a fine-tuned model as a checkpoint that its package loads.
 
 That is a file for segment_anything and sam2: `python examples/finetuning/export.py runs/leaf
-leaf.pth`. For transformers it is a folder, with all that was in the folder of `--model`.
+leaf.pth`. For transformers it is a folder, with the JSON files that were in the folder of
+`--model`, which are those of the processor.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         export(student, options, arguments.path)
     print(f"{options.model} with {options.method}: {arguments.path}")
     if options.method == "adapter":
-        print("It has adapters: load it with load_adapters(model, path) of parts/trained.py.")
+        print("It has adapters: load it with load_adapters(model, path) of parts/runs/trained.py.")
     elif options.model != "tiny":
         print(f"Next: {LOADING[options.package].format(options.model, arguments.path)}")
     print("Its single mask was trained: call the predictor with multimask_output=False.")

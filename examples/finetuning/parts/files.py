@@ -141,7 +141,11 @@ def sync(path: Path) -> None:
 @contextmanager
 def _unfinished(path: Path) -> Iterator[Path]:
     """Yield a name that nobody else has, beside `path`, and remove what is left there."""
-    folder = Path(mkdtemp(prefix=f"{path.name[:100]}.", suffix=UNFINISHED, dir=path.parent))
+    prefix = f"{path.name[:100]}."
+    try:
+        folder = Path(mkdtemp(prefix=prefix, suffix=UNFINISHED, dir=path.parent))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     try:
         yield folder / path.name
     finally:

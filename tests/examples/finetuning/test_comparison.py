@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import shlex
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -14,6 +16,10 @@ from PIL import Image
 
 import evaluate
 import pictures
+from parts import files
+from parts.data.check import check
+from parts.data.tables import read_tables
+from parts.evaluation import comparison, drawing
 
 
 def test_evaluate_runs(trained, data: Path, tmp_path: Path, capsys) -> None:
@@ -35,8 +41,8 @@ def test_evaluate_runs(trained, data: Path, tmp_path: Path, capsys) -> None:
         assert name in table
     assert result["runs"][f"{runs[0]} before"] != result["runs"][runs[0]]
     both = [result["runs"][name]["s_measure"] for name in runs[:2]]
-    assert [*result["seeds"]] == [" ".join(runs[:2])]
-    found = result["seeds"][" ".join(runs[:2])]
+    assert [*result["seeds"]] == [shlex.join(runs[:2])]
+    found = result["seeds"][shlex.join(runs[:2])]
     assert found["mean"]["s_measure"] == pytest.approx(mean(both))
     assert found["standard deviation"]["s_measure"] == pytest.approx(stdev(both))
     assert f"the 2 seeds of {runs[0]}" in table
@@ -91,7 +97,76 @@ def test_random_weights_differ_in_their_seeds(data: Path, tmp_path: Path, capsys
     result = json.loads((tmp_path / "scores" / "scores.json").read_text())
     names = [*map(str, runs), *(f"{name} before" for name in runs)]
     assert [*result["runs"]] == names
-    assert [*result["seeds"]] == [" ".join(names[:2]), " ".join(names[2:])]
+    assert [*result["seeds"]] == [shlex.join(names[:2]), shlex.join(names[2:])]
+
+
+def copy_of_a_run(run: Path, copy: Path, **changes: object) -> str:
+    """Copy a run, and change its options as if they had been others."""
+    shutil.copytree(run, copy)
+    options = json.loads((copy / "options.json").read_text())
+    (copy / "options.json").write_text(json.dumps(options | changes))
+    return str(copy)
+
+
+@pytest.fixture
+def retested(trained, data: Path, tmp_path: Path) -> Path:
+    """A copy of a run with another seed, and with another image for the test."""
+    run, other = trained("sam", "lora"), shutil.copytree(data, tmp_path / "other")
+    Image.open(other / "test" / "0000.jpg").rotate(180).save(other / "test" / "0000.jpg")
+    digests = json.loads((run / "options.json").read_text())["digests"]
+    digests["test"] = check(read_tables(other)).tested_on
+    copy = tmp_path / "retested"
+    return Path(copy_of_a_run(run, copy, seed=1, data=str(other), digests=digests))
+
+
+def asked(*runs: Path, **others: object) -> list[comparison.Asked]:
+    arguments = {"runs": list(runs), "test_table": None, "pretrained": False}
+    return comparison.models(Namespace(**arguments | others))
+
+
+def test_seeds_are_compared_on_the_same_test_set(trained, retested: Path, data: Path) -> None:
+    run = trained("sam", "lora")
+    assert comparison.groups_of_seeds(asked(run, retested)) == []
+    models = asked(run, retested, pretrained=True)
+    assert [model.name for model in models[2:]] == [f"{run} before", f"{retested} before"]
+    # Its data moved to where the other's are, which then are those that were asked for.
+    with pytest.raises(ValueError, match="retested: the images and masks for the test are not"):
+        asked(retested, moved_data=data)
+    models = asked(run, retested, moved_data=data, test_table="test.csv", pretrained=True)
+    assert comparison.groups_of_seeds(models[:2]) == [[str(run), str(retested)]]
+    assert len(models) == 3
+
+
+def test_pictures_are_of_runs_with_the_same_data(trained, retested: Path, tmp_path: Path) -> None:
+    runs = [str(trained("sam", "lora")), str(retested)]
+    with pytest.raises(SystemExit, match="retested: the images and masks for the test are not"):
+        pictures.main([*runs, "--output", str(tmp_path / "pictures")])
+
+
+def test_runs_called_before_are_not_the_model_before(trained, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "a before", "before"):
+        copy_of_a_run(trained("sam", "lora"), Path(name))
+    runs = Path("a"), Path("a before")
+    names = [model.name for model in asked(*runs, pretrained=True)]
+    assert names == ["a", "a before", "a before training"]
+    drawn = []
+    monkeypatch.setattr(drawing, "draw_predictions", lambda *given: drawn.extend(given[2]))
+    pictures.main(["before", "--output", "pictures", "--rows", "0"])
+    assert drawn == [None, Path("before")]
+
+
+def test_a_place_that_cannot_be_written_is_told_at_once(
+    trained, tmp_path: Path, monkeypatch
+) -> None:
+    def read_only(*_, dir: Path, **__) -> None:
+        raise PermissionError(13, "Permission denied", f"{dir}/scores.abcdefgh.unfinished")
+
+    monkeypatch.setattr(files, "mkdtemp", read_only)
+    monkeypatch.setattr(comparison, "evaluate", None)
+    output = tmp_path / "scores"
+    with pytest.raises(SystemExit, match=f"^error: {output}: Permission denied .choose a place"):
+        evaluate.main([str(trained("sam", "lora")), "--output", str(output)])
 
 
 def test_several_objects_of_an_image(data: Path, tmp_path: Path) -> None:

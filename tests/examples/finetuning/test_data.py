@@ -57,16 +57,24 @@ def test_a_good_data_set(folder: Path) -> None:
     assert splits["val"][0].label == folder / "4_mask.png"
 
 
+def digests_of(folder: Path) -> tuple[str, str]:
+    report = check(read_tables(folder))
+    return report.trained_on, report.tested_on
+
+
 def test_a_data_set_is_known_by_its_contents(folder: Path, tmp_path_factory) -> None:
-    trained_on = check(read_tables(folder)).trained_on
+    trained_on, tested_on = digests_of(folder)
     moved = shutil.copytree(folder, tmp_path_factory.mktemp("moved") / "data")
     (moved / "0.png").rename(moved / "other.png")
     table = (moved / "train.csv").read_text()
     (moved / "train.csv").write_text(table.replace("0.png", "other.png"))
     picture(9).save(moved / "7.png")  # an image of the test
-    assert check(read_tables(moved)).trained_on == trained_on
+    assert digests_of(moved)[0] == trained_on
+    assert digests_of(moved)[1] != tested_on
+    shutil.copy(folder / "7.png", moved)
     Image.fromarray(~MASK).save(moved / "5_mask.png")
-    assert check(read_tables(moved)).trained_on != trained_on
+    assert digests_of(moved)[0] != trained_on
+    assert digests_of(moved)[1] == tested_on
 
 
 def test_images_that_use_few_of_16_bits(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Trained students in the official packages: what is exported is whole, and gives their masks."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,12 @@ def test_exports_replace_nothing_and_make_folders(trained, tmp_path: Path, capsy
             export.main([run, str(target)])
     assert (tmp_path / "new" / "leaf.pth").read_bytes() == before
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["leaf.pth"]
+
+
+def test_adapters_are_loaded_by_what_is_named(trained, tmp_path: Path, capsys) -> None:
+    export.main([str(trained("sam2", "adapter")), str(tmp_path / "adapters.pt")])
+    (file,) = re.findall(r"parts/\S+\.py", capsys.readouterr().out)
+    assert "def load_adapters(" in (FINETUNING / file).read_text()
 
 
 @pytest.mark.parametrize(

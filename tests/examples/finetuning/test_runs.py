@@ -430,9 +430,16 @@ def test_what_a_moved_run_was_made_of_is_known_by_contents(moved: Path, capsys) 
     resume = ["--epochs", 2, "--seed", 2**32 - 1, "--resume"]
     found = outcome(moved / "data", moved / "run", capsys, *others[2:], *resume)
     assert "--checkpoint must be the one that the run started from" in found
-    image = moved / "data" / "train" / "0000.jpg"
+    image = moved / "data" / "test" / "0000.jpg"
+    original = image.read_bytes()
     Image.open(image).rotate(90).save(image)
     places = "--data", moved / "data", "--checkpoint", weights
+    assert "for the test are not those of the run; evaluate.py takes" in message(*places)
+    found = outcome(moved / "data", moved / "run", capsys, *places[2:], *resume)
+    assert "for the test are not those of the run" in found
+    image.write_bytes(original)
+    image = moved / "data" / "train" / "0000.jpg"
+    Image.open(image).rotate(90).save(image)
     assert "are not those of the run: with others, some that it has" in message(*places)
     found = outcome(moved / "data", moved / "run", capsys, *places[2:], *resume)
     assert "are not those of the run" in found

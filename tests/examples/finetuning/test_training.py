@@ -40,6 +40,7 @@ from parts.evaluation import scores
 from parts.models import segmenter
 from parts.models.adaptation import adapt
 from parts.options import METHODS
+from parts.runs import trained as trained_students
 from parts.runs.trained import load_run
 from parts.training import loop
 from parts.training.logbook import Logbook, keep_until
@@ -251,13 +252,26 @@ def test_a_larger_teacher(data: Path, tmp_path: Path, monkeypatch) -> None:
         built.append(model)
         return model
 
-    monkeypatch.setattr(loop, "build", build)
+    monkeypatch.setattr(trained_students, "build", build)
     options = ["--teacher", "vit_l", "--teacher-checkpoint", WEIGHTS, "--epochs", 1]
     run("sam", data, tmp_path / "run", *options)
     _, teacher = built
     assert not any(p.requires_grad for p in teacher.parameters())
     assert rows(tmp_path / "run")[0]["relation_cosine"] < 0.99
     assert rows(tmp_path / "run")[0]["distilled_information"] != 0
+
+
+def test_a_random_teacher_is_that_of_the_run(data: Path, tmp_path: Path, monkeypatch) -> None:
+    """It is drawn after the student, by the same seed."""
+    seen = []
+    fit = loop.fit
+    monkeypatch.setattr(loop, "fit", lambda *given: (seen.extend(given[3:5]), fit(*given)))
+    options = ["--teacher", "tiny-sam", "--epochs", 1]
+    run("transformers-sam", data, tmp_path / "run", *options)
+    teacher, student = (model.state_dict() for model in seen)
+    found = trained_students.load_teacher(tmp_path / "run").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in teacher.items())
+    assert any(name in student and not torch.equal(found[name], student[name]) for name in found)
 
 
 def test_collapse_is_reported(data: Path, tmp_path: Path, capsys) -> None:

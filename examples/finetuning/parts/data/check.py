@@ -67,6 +67,11 @@ class Report(NamedTuple):
         both = self.digests["train"], self.digests["val"]
         return hashlib.sha256(repr(both).encode()).hexdigest()
 
+    @property
+    def tested_on(self) -> str:
+        """A name for the contents of the files for the test."""
+        return hashlib.sha256(repr(self.digests["test"]).encode()).hexdigest()
+
 
 def read_data(options: argparse.Namespace) -> tuple[Splits, Report]:
     """Find the rows that the options of a run name, check every file, and print what was found.

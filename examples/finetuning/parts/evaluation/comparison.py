@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import shlex
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -22,7 +24,7 @@ from parts.evaluation.metrics import image_scores
 from parts.evaluation.scores import predictions
 from parts.files import appearing, refuse_existing
 from parts.options import next_command
-from parts.runs.folder import check_digests, places, read_options
+from parts.runs.folder import check_digests, digest_of_data, places, read_options
 from parts.runs.trained import load_run
 
 Scores = dict[str, float]
@@ -35,6 +37,7 @@ class Asked(NamedTuple):
     run: Path
     epoch: int | None  # None for the best, 0 for the model before training
     options: argparse.Namespace
+    splits: Splits
 
 
 class Found(NamedTuple):
@@ -53,31 +56,56 @@ def compare(arguments: argparse.Namespace) -> None:
     if arguments.output is not None:
         refuse_existing([arguments.output])
     asked = models(arguments)
-    read: dict[str, tuple[Splits, Report]] = {}
-    found = {model.name: evaluate(model, arguments, read) for model in asked}
-    seeds = {" ".join(names): names for names in groups_of_seeds(asked)}
-    print_table({name: model.means for name, model in found.items()}, seeds)
+    with ExitStack() as stack:
+        # That there can be a folder is to be known before everything is evaluated.
+        place = None
+        if arguments.output is not None:
+            place = stack.enter_context(appearing(arguments.output))
+        found = {model.name: evaluate(model, arguments) for model in asked}
+        seeds = {shlex.join(names): names for names in groups_of_seeds(asked)}
+        print_table({name: model.means for name, model in found.items()}, seeds)
+        if place is not None:
+            place.mkdir()
+            write(found, seeds, place, arguments)
     if arguments.output is not None:
-        with appearing(arguments.output) as folder:
-            folder.mkdir()
-            write(found, seeds, folder, arguments)
         print(f"scores.json and images.csv: {arguments.output}")
     runs = dict.fromkeys(model.run for model in asked)
     print(next_command("pictures.py", *runs, "--output", "pictures"))
 
 
 def models(arguments: argparse.Namespace) -> list[Asked]:
-    """Return what there is to evaluate: each run once, and each model before training once."""
+    """Return what there is to evaluate: each run once, and each model before training once.
+
+    No two have the same name.
+
+    Raises:
+        InputError: If a run cannot be used, or if its data are others by now.
+    """
     runs: dict[Path, Asked] = {}
+    read: dict[str, tuple[Splits, Report]] = {}
     for run in arguments.runs:
         options = read_options(run, arguments)
         options.test_table = arguments.test_table or options.test_table
         if run.resolve() in runs:
             print(f"{run} is the run {runs[run.resolve()].run}, and is evaluated once.")
-        runs.setdefault(run.resolve(), Asked(str(run), run, None, options))
+            continue
+        names = ("data", "test_table", "images", "masks", "foreground", "ignore", "image_range")
+        key = str([getattr(options, name) for name in names])
+        if key not in read:
+            read[key] = read_data(options)
+        splits, report = read[key]
+        found = digest_of_data(report)
+        if arguments.test_table is not None:
+            options.digests = options.digests and options.digests | {"test": found["test"]}
+        check_digests(run, options.digests, found)
+        runs[run.resolve()] = Asked(str(run), run, None, options, splits)
     before: dict[str, Asked] = {}
-    for name, run, _, options in runs.values() if arguments.pretrained else ():
-        before.setdefault(pretrained(options), Asked(f"{name} before", run, 0, options))
+    names = {model.name for model in runs.values()}
+    for model in runs.values() if arguments.pretrained else ():
+        name = f"{model.name} before"
+        while name in names:  # a run of this name
+            name += " training"
+        before.setdefault(pretrained(model.options), model._replace(name=name, epoch=0))
     return [*runs.values(), *before.values()]
 
 
@@ -92,7 +120,7 @@ def what_counts(options: argparse.Namespace) -> dict[str, object]:
 
 def pretrained(options: argparse.Namespace) -> str:
     """Return what is the same for runs whose models before training have the same scores."""
-    names = {"package", "model", "checkpoint", "data", "test_table", "foreground", "ignore"}
+    names = {"package", "model", "checkpoint", "data", "test", "test_table", "foreground", "ignore"}
     names |= {"image_range", "eval_prompts", "eval_points", "batch_size"}
     if options.checkpoint is None and "model" not in options.digests:
         names.add("seed")  # which drew the weights
@@ -120,20 +148,12 @@ def groups_of_seeds(asked: list[Asked]) -> list[list[str]]:
     return found
 
 
-def evaluate(
-    asked: Asked, arguments: argparse.Namespace, read: dict[str, tuple[Splits, Report]]
-) -> Found:
-    """Return the scores of a model. Data that was checked is kept in `read` for the next."""
+def evaluate(asked: Asked, arguments: argparse.Namespace) -> Found:
+    """Return the scores of a model."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options = asked.options
-    names = ("data", "test_table", "images", "masks", "foreground", "ignore", "image_range")
-    key = str([getattr(options, name) for name in names])
-    if key not in read:
-        read[key] = read_data(options)
-    splits, report = read[key]
-    check_digests(options.digests, {"data": report.trained_on})
     model, _ = load_run(asked.run, asked.epoch, arguments)
-    rows = splits[arguments.split]
+    rows = asked.splits[arguments.split]
     images = MaskedImages(rows, model.frame, reading_of(options))
     loader = DataLoader(images, options.batch_size, collate_fn=collate)
     batches = (batch.to(device) for batch in loader)

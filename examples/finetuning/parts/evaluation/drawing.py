@@ -25,13 +25,14 @@ from parts.files import appearing, refuse_existing
 from parts.models.segmenter import Segmenter
 from parts.options import next_command
 from parts.runs import checkpoint
-from parts.runs.folder import check_digests
+from parts.runs.folder import check_digests, digest_of_data, read_options
 from parts.runs.trained import load_run, load_teacher
 from renyi_kd import FeatureCollector, InfoSAMDistiller
 
 # Colour-blind readers can tell these apart.
 BLUE, ORANGE, YELLOW, GREEN = "#0072b2", "#e69f00", "#f0e442", "#009e73"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+Models = dict[Path | None, Segmenter]  # by their runs, and None for the one before training
 NO_TICKS: dict[str, Any] = {"xticks": [], "yticks": []}
 
 
@@ -45,17 +46,18 @@ def draw(arguments: argparse.Namespace) -> None:
     first = arguments.runs[0]
     before, options = load_run(first, 0, arguments)
     splits, report = read_data(options)
-    check_digests(options.digests, {"data": report.trained_on})
+    for run in arguments.runs:
+        check_digests(run, read_options(run, arguments).digests, digest_of_data(report))
     rows = splits["test"]
-    runs = {str(run): load_run(run, None, arguments)[0] for run in arguments.runs}
-    models = {"before": before} | runs
+    if not set(arguments.rows or ()) <= set(range(len(rows))):
+        raise InputError(f"--rows must be from 0 to {len(rows) - 1}, got {arguments.rows}")
+    runs = {run: load_run(run, None, arguments)[0] for run in arguments.runs}
+    models: Models = {None: before} | runs
     for model in models.values():
         model.to(DEVICE)
-    chosen = arguments.rows or extremes(runs[str(first)], rows, arguments.extremes, options)
-    if not set(chosen) <= set(range(len(rows))):
-        raise InputError(f"--rows must be from 0 to {len(rows) - 1}, got {chosen}")
     with appearing(arguments.output) as folder:
         folder.mkdir()
+        chosen = arguments.rows or extremes(runs[first], rows, arguments.extremes, options)
         draw_predictions(rows, chosen, models, folder / "predictions.png", options)
         if not options.no_infosam:
             draw_relations(first, rows[chosen[0]], folder / "relations.png", arguments)
@@ -92,12 +94,13 @@ def extremes(
 def draw_predictions(
     rows: list[Row],
     chosen: list[int],
-    models: dict[str, Segmenter],
+    models: Models,
     path: Path,
     options: argparse.Namespace,
 ) -> None:
     """Draw a row for each image: the image with its prompt, the truth, the mask of each model."""
-    titles = ["image and prompt", "truth", *(shown(Path(name)) for name in models)]
+    names = ("before" if run is None else shown(run) for run in models)
+    titles = ["image and prompt", "truth", *names]
     figure, axes = plt.subplots(
         len(chosen),
         len(titles),
@@ -108,18 +111,18 @@ def draw_predictions(
     )
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=10)
-    found = {name: [*segmented(m, rows, chosen, options)] for name, m in models.items()}
+    found = [[*segmented(model, rows, chosen, options)] for model in models.values()]
     for i, (line, row) in enumerate(zip(axes, chosen, strict=True)):
         image = read_image(rows[row].image, reading_of(options)).rgb
         height, width = image.shape[:2]
         for axis in line:
             axis.imshow(image)
         line[0].set_ylabel(shown(rows[row].image), fontsize=8)
-        _, truth, prompt = next(iter(found.values()))[i]
+        _, truth, prompt = found[0][i]
         frame = next(iter(models.values())).frame
         draw_prompt(line[0], prompt, frame.boxes(torch.ones(4), height, width))
         line[1].contourf(truth, [0.5, 1], colors=ORANGE, alpha=0.55)
-        for axis, predicted in zip(line[2:], found.values(), strict=True):
+        for axis, predicted in zip(line[2:], found, strict=True):
             mask = predicted[i][0]
             axis.contourf(mask, [0.5, 1], colors=BLUE, alpha=0.55)
             axis.contour(truth, [0.5], colors="white", linewidths=1)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from parts import files
+from parts.data.check import Report
 from parts.errors import InputError
 from parts.options import MODELS, SMALL_TRANSFORMERS
 from parts.runs.checkpoint import epochs_done, latest
@@ -37,6 +38,8 @@ WRITTEN = r"(options\.json|training\.csv|validation\.csv|result\.json|epoch-\d+)
 WRONG = {
     "data": "the images and masks for training and validation are not those of the run: with "
     "others, some that it has been trained on may be tested",
+    "test": "the images and masks for the test are not those of the run; evaluate.py takes others "
+    "by --test-table",
     "checkpoint": "--checkpoint must be the one that the run started from",
     "teacher_checkpoint": "--teacher-checkpoint must be that of the run's teacher",
     "model": "--model must hold the weights that the run started from",
@@ -67,21 +70,28 @@ def digest_of_weights(options: argparse.Namespace, names: Iterable[str]) -> dict
     return found
 
 
-def check_digests(expected: dict[str, str], found: dict[str, str]) -> None:
+def digest_of_data(report: Report) -> dict[str, str]:
+    """Return names for the contents of what a run trains on, and of what it is tested on."""
+    return {"data": report.trained_on, "test": report.tested_on}
+
+
+def check_digests(folder: Path, expected: dict[str, str], found: dict[str, str]) -> None:
     """Raise `InputError` if what was found has other contents than what the run was made of."""
-    # The runs of an older version have no digests.
-    wrong = [name for name in found if expected and expected.get(name) != found[name]]
+    if not expected:
+        return  # the runs of an older version have no digests, and others none of the test
+    known = {"test": found.get("test")} | expected
+    wrong = [name for name in found if known.get(name) != found[name]]
     if wrong:
-        raise InputError(WRONG[wrong[0]])
+        raise InputError(f"{folder}: {WRONG[wrong[0]]}")
 
 
-def check_weights(options: argparse.Namespace, names: Iterable[str]) -> None:
+def check_weights(folder: Path, options: argparse.Namespace, names: Iterable[str]) -> None:
     """Raise `InputError` if weights are not there any more, or if they are others."""
     for name in set(names) & set(places(options)):
         path = getattr(options, name)
         if path is not None and not path.exists():
             raise InputError(f"{path} is not there any more; say by {flag(name)} where it is")
-    check_digests(options.digests, digest_of_weights(options, names))
+    check_digests(folder, options.digests, digest_of_weights(options, names))
 
 
 def read_options(folder: Path, given: argparse.Namespace | None = None) -> argparse.Namespace:
@@ -194,7 +204,7 @@ def running(options: argparse.Namespace) -> Iterator[Path | None]:
                 options.digests |= digest_of_weights(options, (*STUDENT, *TEACHER))
                 if latest(folder) is not None:
                     before = read_recorded(folder)["digests"]
-                    check_digests(before, dict.fromkeys(before, "") | options.digests)
+                    check_digests(folder, before, dict.fromkeys(before, "") | options.digests)
                 for path in unfinished(folder):
                     shutil.rmtree(path, ignore_errors=True)
                 yield latest(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from parts.errors import InputError
 from parts.files import appearing
 from parts.models.adaptation import HeadLoRA, adapt, add_adapters
-from parts.models.segmenter import Segmenter, build, check_finite
+from parts.models.segmenter import Segmenter, build, check_finite, check_teacher
 from parts.runs import checkpoint
 from parts.runs.folder import STUDENT, TEACHER, check_weights, read_options
 
@@ -43,7 +44,7 @@ def load_run(
     weights = checkpoint.epoch_folder(folder, epoch)
     if epoch and not weights.exists():
         raise InputError(f"{folder} must hold the checkpoint of epoch {epoch}, there is none")
-    check_weights(options, STUDENT)
+    check_weights(folder, options, STUDENT)
     # The weights of a small model without a checkpoint are those that this seed draws.
     set_seed(options.seed)
     student = build(options.package, options.model, options.checkpoint)
@@ -56,11 +57,23 @@ def load_run(
 def load_teacher(folder: Path, given: argparse.Namespace | None = None) -> Segmenter:
     """Return the teacher of a run in eval mode; the arguments are those of `load_run`."""
     options = read_options(folder, given)
+    check_weights(folder, options, (*STUDENT, *TEACHER))
+    return teacher_and_student(options)[0]
+
+
+def teacher_and_student(options: argparse.Namespace) -> tuple[Segmenter, Segmenter]:
+    """Return the frozen teacher, and the student before it is adapted.
+
+    The seed draws the weights of the student and then those of the teacher, where they have none.
+    """
+    set_seed(options.seed)
+    student = build(options.package, options.model, options.checkpoint)
     if options.teacher is None:
-        return load_run(folder, 0, given)[0]
-    check_weights(options, TEACHER)
-    teacher = build(options.package, options.teacher, options.teacher_checkpoint)
-    return teacher.eval().requires_grad_(False)
+        teacher = copy.deepcopy(student)
+    else:
+        teacher = build(options.package, options.teacher, options.teacher_checkpoint)
+        check_teacher(teacher, student)
+    return teacher.eval().requires_grad_(False), student
 
 
 def merge_lora(model: nn.Module) -> None:

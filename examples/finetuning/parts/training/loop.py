@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import time
 from contextlib import ExitStack
@@ -21,10 +20,11 @@ from parts.data.tables import Splits
 from parts.errors import InputError
 from parts.evaluation.scores import evaluate
 from parts.models.adaptation import adapt
-from parts.models.segmenter import Segmenter, build, check_teacher
+from parts.models.segmenter import Segmenter
 from parts.options import next_command
 from parts.runs import checkpoint
-from parts.runs.folder import check_output, record, running
+from parts.runs.folder import check_output, digest_of_data, record, running
+from parts.runs.trained import teacher_and_student
 from parts.training.cache import teacher_encoder
 from parts.training.logbook import Logbook, check_tables
 from parts.training.loss import structure_loss
@@ -44,7 +44,7 @@ def train(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     from_main_process(check_output, options)
     splits, report = from_main_process(read_data, options)
-    options.digests = {"data": report.trained_on}
+    options.digests = digest_of_data(report)
     if len(splits["train"]) < options.batch_size * options.processes:
         raise InputError(
             f"--batch-size must be at most the number of training images, {len(splits['train'])}, "
@@ -65,18 +65,6 @@ def train(options: argparse.Namespace) -> None:
         accelerator.wait_for_everyone()
     accelerator.end_training()
     print(f"{options.output} holds the run. {next_command('evaluate.py', options.output)}")
-
-
-def teacher_and_student(options: argparse.Namespace) -> tuple[Segmenter, Segmenter]:
-    """Return the frozen teacher, and the student before it is adapted."""
-    set_seed(options.seed)
-    student = build(options.package, options.model, options.checkpoint)
-    if options.teacher is None:
-        teacher = copy.deepcopy(student)
-    else:
-        teacher = build(options.package, options.teacher, options.teacher_checkpoint)
-        check_teacher(teacher, student)
-    return teacher.eval().requires_grad_(False), student
 
 
 def fit(
