@@ -17,6 +17,7 @@ from typing import Any
 from parts.errors import InputError, os_error_behind
 
 UNFINISHED = ".unfinished"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 UNFINISHED_NAME = rf"\.\w{{8}}\{UNFINISHED}"  # what follows the name that is meant, as a pattern
 
 
@@ -120,8 +121,12 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
-        except (BlockingIOError, PermissionError):
-            held = False
+        except OSError as error:
+            held = error.errno in NO_LOCKS
+            if held:
+                print(f"Warning: {path} is on a disk without locks: let no second process use it.")
+            elif error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
         if not held:
             raise InputError(f"another process holds {path}; wait for its end, or stop it")
         yield

@@ -174,6 +174,15 @@ def test_one_process_holds_a_file(tmp_path: Path) -> None:
     assert hold(tmp_path / "lock") == 0
 
 
+def test_a_disk_without_locks_is_told_of(tmp_path: Path, monkeypatch, capsys) -> None:
+    def fail(*_) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", fail)
+    with locked(tmp_path / "lock"):
+        assert "on a disk without locks" in capsys.readouterr().out
+
+
 def test_a_lock_that_was_removed_meanwhile_is_not_held(tmp_path: Path, monkeypatch) -> None:
     """Its name may be that of another file by now, which another process holds."""
     lockf = fcntl.lockf

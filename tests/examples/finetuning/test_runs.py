@@ -33,7 +33,7 @@ import evaluate
 import export
 import pictures
 from parts.models import huggingface
-from parts.runs import checkpoint, folder
+from parts.runs import checkpoint
 from parts.runs.folder import read_options
 from parts.runs.trained import load_teacher
 from parts.training import loop
@@ -327,13 +327,14 @@ def test_what_a_killed_start_left_is_not_in_the_way(data: Path, tmp_path: Path, 
     assert not list(tmp_path.glob("*.unfinished"))
 
 
+@pytest.mark.parametrize("function", ["digest_of_weights", "files.replace_json"])
 def test_a_start_that_is_refused_late_leaves_no_folders(
-    data: Path, tmp_path: Path, capsys, monkeypatch
+    function: str, data: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     def unreadable(*_) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(folder, "digest_of_weights", unreadable)
+    monkeypatch.setattr(f"parts.runs.folder.{function}", unreadable)
     assert "Input/output error" in outcome(data, tmp_path / "new" / "run", capsys)
     assert snapshot(tmp_path) == {}
 
@@ -573,6 +574,17 @@ def test_a_state_without_the_best_epoch_is_damaged(best: object, tmp_path: Path)
     torch.save({"epoch": 2} | ({} if best is None else {"best": best}), path / "state.pt")
     with pytest.raises(ValueError, match=r"state.pt is damaged: .*Remove .* to go on from"):
         checkpoint.load_state(path)
+
+
+def test_an_error_of_the_system_in_a_damaged_state_names_it(tmp_path: Path, monkeypatch) -> None:
+    """PyTorch goes to places that are not in a file that was cut short."""
+
+    def seek(*_, **__) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(torch, "load", seek)
+    with pytest.raises(ValueError, match=r"state.pt is damaged: .*Invalid argument"):
+        checkpoint.load_state(tmp_path / "epoch-002")
 
 
 @pytest.mark.parametrize(

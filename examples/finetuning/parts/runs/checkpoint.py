@@ -102,7 +102,7 @@ def damaged(path: Path, error: Exception) -> InputError:
     if isinstance(error, FileNotFoundError):
         what = f"{path} is missing"
     else:
-        what = f"{path} is damaged: {first_line(error)}"
+        what = f"{path} is damaged: {first_line(error).rstrip('.')}"
     if checkpoint == latest(checkpoint.parent):
         return InputError(f"{what}. Remove {checkpoint} to go on from the epoch before.")
     return InputError(f"{what}. Use another epoch.")
