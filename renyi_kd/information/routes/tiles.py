@@ -158,10 +158,12 @@ def gradients_of_samples(
         with torch.enable_grad():
             of_tile = from_rows_and_columns(leaves, [matrix.evaluate for matrix in matrices])
             entries = [matrix[:, :] for matrix in of_tile]
+        # A kernel may have no gradient, as one of equal labels.
+        learn = [v for v in wanted if entries[v].requires_grad]
         gradients = torch.autograd.grad(
-            [entries[v] for v in wanted],
+            [entries[v] for v in learn],
             [leaf for leaf in leaves if leaf.requires_grad],
-            gradients_of_entries([entry.detach() for entry in entries], i, j, wanted),
+            gradients_of_entries([entry.detach() for entry in entries], i, j, learn),
             materialize_grads=True,
         )
         asked = [(total, at) for total, at in zip(totals, places, strict=True) if total is not None]

@@ -109,3 +109,19 @@ def test_streamed_samples_have_no_second_derivative():
     (gradient,) = torch.autograd.grad(value, x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"no derivative. Give the Gram matrix itself"):
         torch.autograd.grad(gradient.sum(), x)
+
+
+def labels_kernel(a, b=None):
+    """Whether two samples are on the same side. It has no gradient."""
+    sides = [(z[..., :1] > 0) for z in (a, a if b is None else b)]
+    return (sides[0] == sides[1].mT).to(a.dtype)
+
+
+@pytest.mark.parametrize("n", [60, 600])
+def test_a_kernel_without_gradient_passes_none(n):
+    (x,) = tensors(samples(n, 3, 1), requires_grad=True)
+    labels, rbf = SampleGram(x, labels_kernel), SampleGram(x, renyi_kd.rbf_kernel, bandwidth=1.0)
+    (gradient,) = torch.autograd.grad(renyi_kd.renyi_mutual_information(labels, rbf), x)
+    constant, gram = labels_kernel(x.detach()), renyi_kd.rbf_kernel(x, bandwidth=1.0)
+    (expected,) = torch.autograd.grad(renyi_kd.renyi_mutual_information(constant, gram), x)
+    torch.testing.assert_close(gradient, expected)
