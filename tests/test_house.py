@@ -64,7 +64,7 @@ def test_information_knows_nothing_of_the_loss():
             assert not any(name.startswith("infosam") for name in imports_of(module)), module
 
 
-def test_the_loss_asks_information_for_entropies_alone():
+def test_the_loss_asks_information_for_entropies_and_inner_products_alone():
     asked = {
         name
         for module in ORDER
@@ -72,7 +72,7 @@ def test_the_loss_asks_information_for_entropies_alone():
         for name in imports_of(module) & set(ORDER)
         if name.startswith("information.")
     }
-    assert asked == {"information.routes.choice"}
+    assert asked == {"information.kernels", "information.routes.choice"}
 
 
 def test_only_the_package_itself_imports_the_kernels():

@@ -13,6 +13,7 @@ from renyi_kd._checks import (
     check_same_device,
 )
 from renyi_kd._precision import compute_dtype
+from renyi_kd.information.kernels import inner_products
 from renyi_kd.information.routes.choice import trace_one_entropy
 from renyi_kd.infosam.features import EVALUATED
 from renyi_kd.infosam.operators.batch_gram import batch_gram, batch_gram_error
@@ -171,7 +172,14 @@ def infosam_losses(
         options = alpha, compression_weight, distillation_weight, distillation_trains_relation
         samples = slices_over_ranks(samples, options, process_group)
         check_batches(samples, at_least=2)
-    grams = torch.stack([batch_gram(x) for x in samples.values()])
+    # Of few features, plain operators cost a CPU less.
+    few = {name for name, x in samples.items() if x.is_cpu and name != "image_embedding"}
+    grams = torch.stack(
+        [
+            inner_products(x.flatten(1)) if name in few else batch_gram(x)
+            for name, x in samples.items()
+        ]
+    )
     if process_group is not None:
         grams = sum_over_ranks(grams, process_group)
     # A joint entropy is the entropy of a Hadamard product (Eq. 16). All five are one stacked call.
