@@ -83,7 +83,7 @@ class RelationModule(nn.Module):
         if parameters:
             check_same_device(image_embedding=image_embedding, relation=parameters[0])
         dtype = compute_dtype(pixels, tokens, *parameters)
-        if self._can_fold(pixels, tokens):
+        if self._can_fold(pixels, tokens, *parameters):
             return unit_length(self._folded_scores(pixels, tokens.to(dtype)))
         with torch.autocast(pixels.device.type, enabled=False):
             return unit_length(self._scores(pixels.to(dtype), tokens.to(dtype)))
@@ -113,14 +113,14 @@ class RelationModule(nn.Module):
         scores: Tensor = query @ key.mT / self.dim**0.5 + residual
         return scores
 
-    def _can_fold(self, *features: Tensor) -> bool:
-        """Return whether the layers do nothing but what their weights and biases say."""
+    def _can_fold(self, *tensors: Tensor) -> bool:
+        """Return whether layers do what their weights and biases say, and derivatives are usual."""
         return (
             all(_is_plain(layer, nn.Linear) for layer in (self.query_proj, self.key_proj))
             and all(
                 _is_plain(x, nn.LayerNorm) for x in (self.layer_norm_mask, self.layer_norm_feat)
             )
-            and not needs_plain_formulas(*features, *self.parameters())
+            and not needs_plain_formulas(*tensors)
         )
 
     def extra_repr(self) -> str:
