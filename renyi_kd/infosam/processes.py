@@ -124,8 +124,14 @@ def mean_over_ranks(values: Tensor, group: "dist.ProcessGroup") -> Tensor:
 
 
 def averaging_gradients(module: nn.Module, group: "dist.ProcessGroup") -> dict[str, Tensor]:
-    """Return views of the parameters that train, by name; ranks average their gradients."""
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    """Return views of the parameters that train, by name; ranks average their gradients.
+
+    Sharded parameters are left out, as `fully_shard` averages their gradients itself.
+    """
+    from torch.distributed.tensor import DTensor  # takes most of a second to import
+
+    named = module.named_parameters()
+    trained = {name: p for name, p in named if p.requires_grad and not isinstance(p, DTensor)}
     if not trained:
         return {}
     return dict(zip(trained, _AveragedGradients.apply(group, *trained.values()), strict=True))

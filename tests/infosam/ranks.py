@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -324,6 +326,32 @@ def misfortune(kind: str) -> None:
         os._exit(4)
 
 
+def sharded() -> None:
+    """The gradients of a relation that `fully_shard` keeps in parts are those of a whole one."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    for trains_relation in (True, False):
+        for group in (None, dist.group.WORLD):
+            torch.manual_seed(0)
+            options = {"distillation_trains_relation": trains_relation, "process_group": group}
+            distiller = InfoSAMDistiller(D, **options)
+            whole = InfoSAMDistiller(D, **options)
+            whole.load_state_dict(distiller.state_dict())
+            fully_shard(distiller.relation, mesh=mesh)
+            torch.manual_seed(1 + rank)
+            teacher, student = features(), features()
+            losses = [x(teacher, [y.requires_grad_() for y in student]) for x in (distiller, whole)]
+            torch.testing.assert_close(*losses)
+            for loss in losses:
+                loss.backward()
+            for p, q in zip(distiller.parameters(), whole.parameters(), strict=True):
+                if group is None:
+                    dist.all_reduce(q.grad)
+                    q.grad /= world
+                torch.testing.assert_close(p.grad.full_tensor(), q.grad)
+                assert q.grad.abs().max() > 0 or q is whole.relation.key_proj.bias
+
+
 if __name__ == "__main__":
     warnings.simplefilter("error")
     # torch.compile looks at gradients of tensors that are no leaves.
@@ -332,7 +360,9 @@ if __name__ == "__main__":
     kind = sys.argv[1]
     patience = datetime.timedelta(seconds=120 if kind == "agree" else 10)
     dist.init_process_group("gloo", timeout=patience)
-    if kind == "agree":
+    if kind == "sharded":
+        sharded()
+    elif kind == "agree":
         agree(Path(sys.argv[2]), sys.argv[3:])
     else:
         misfortune(kind)

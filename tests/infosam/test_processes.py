@@ -166,6 +166,12 @@ def test_an_error_of_one_rank_is_one_on_all(kind, complaint) -> None:
     assert stdout.startswith(complaint)
 
 
+def test_a_sharded_relation_trains_as_a_whole_one() -> None:
+    for process in start("sharded", 2):
+        _, stderr = process.communicate(timeout=100)
+        assert process.returncode == 0, stderr
+
+
 # One process
 
 
