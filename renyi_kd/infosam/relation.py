@@ -115,11 +115,11 @@ class RelationModule(nn.Module):
 
     def _can_fold(self, *tensors: Tensor) -> bool:
         """Return whether layers do what their weights and biases say, and derivatives are usual."""
+        projections = self.query_proj, self.key_proj
+        norms = self.layer_norm_mask, self.layer_norm_feat
         return (
-            all(_is_plain(layer, nn.Linear) for layer in (self.query_proj, self.key_proj))
-            and all(
-                _is_plain(x, nn.LayerNorm) for x in (self.layer_norm_mask, self.layer_norm_feat)
-            )
+            all(_is_plain(layer, nn.Linear, self.dim, self.dim) for layer in projections)
+            and all(_is_plain(layer, nn.LayerNorm, self.dim) for layer in norms)
             and not needs_plain_formulas(*tensors)
         )
 
@@ -128,21 +128,25 @@ class RelationModule(nn.Module):
         return f"dim={self.dim}, residual={self.residual!r}"
 
 
-def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether a layer is of just this class, with weight and bias, and without hooks."""
-    has_all = layer.weight is not None and layer.bias is not None if type(layer) is kind else False
-    return has_all and not (
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-    )
+def _is_plain(layer: nn.Module, kind: type[nn.Module], *shape: int) -> bool:
+    """Return whether a layer is of just this class and shape, with a bias and without hooks."""
+    if type(layer) is not kind or layer.weight is None or layer.bias is None:
+        return False
+    forward_hooks = layer._forward_hooks or layer._forward_pre_hooks
+    backward_hooks = layer._backward_hooks or layer._backward_pre_hooks
+    # accelerate, for one, replaces the `forward` of a single layer.
+    has_own_forward = "forward" in layer.__dict__
+    return layer.weight.shape == shape and not (forward_hooks or backward_hooks or has_own_forward)
 
 
 def _in_dtype_of(x: Tensor, layer: nn.Module) -> Tensor:
-    """Return what the layer makes of `x`, with its parameters in the dtype of `x`."""
-    parameters = dict(layer.named_parameters())
-    if all(p.dtype == x.dtype for p in parameters.values()):
+    """Return what the layer makes of `x`, with its parameters and buffers in the dtype of `x`."""
+    tensors = [*layer.named_parameters(), *layer.named_buffers()]
+    floating = {name: tensor for name, tensor in tensors if tensor.is_floating_point()}
+    if all(tensor.dtype == x.dtype for tensor in floating.values()):
         result: Tensor = layer(x)
         return result
-    converted = {name: p.to(x.dtype) for name, p in parameters.items() if p.is_floating_point()}
+    converted = {name: tensor.to(x.dtype) for name, tensor in floating.items()}
     result = functional_call(layer, converted, (x,))
     return result
 

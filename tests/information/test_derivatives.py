@@ -48,6 +48,17 @@ def test_forward_mode_is_the_gradient_along_the_tangent(functional, n, alpha):
     assert slope.item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.parametrize("alpha", [1, 1.5])
+def test_forward_mode_of_a_singular_matrix(alpha):
+    x, tangent = tensors(samples(7, 3, 2))
+
+    def f(x):
+        return renyi_kd.renyi_entropy(renyi_kd.linear_kernel(x), alpha)
+
+    _, slope = torch.func.jvp(f, (x,), (tangent,))
+    assert slope.item() == pytest.approx((backwards(f, x) * tangent).sum().item(), rel=1e-9)
+
+
 @over_functionals
 @over_sizes
 @over_alphas

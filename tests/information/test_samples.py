@@ -238,8 +238,9 @@ NOT_OF_TWO_SAMPLES = {
 
 @pytest.mark.parametrize("kernel", NOT_OF_TWO_SAMPLES)
 def test_kernels_whose_entries_change_with_other_samples_are_refused(kernel):
-    with pytest.raises(ValueError, match=r"own two samples alone.*normalize=True"):
-        SampleGram(X, NOT_OF_TWO_SAMPLES[kernel])
+    for x in (X, torch.cat([torch.zeros(2, 3), X])):
+        with pytest.raises(ValueError, match=r"own two samples alone.*normalize=True"):
+            SampleGram(x, NOT_OF_TWO_SAMPLES[kernel])
 
 
 @pytest.mark.parametrize("n", [40, 600])

@@ -129,7 +129,20 @@ def without_affine(relation):
     return relation
 
 
+def with_forward_of_its_own(relation):
+    linear = relation.query_proj.forward
+    relation.query_proj.forward = lambda x: 3 * linear(x)
+    return relation
+
+
+def with_narrow_projections(relation):
+    relation.query_proj, relation.key_proj = nn.Linear(D, 1), nn.Linear(D, 1)
+    return relation
+
+
 CHANGES = [
+    with_forward_of_its_own,
+    with_narrow_projections,
     with_lora,
     with_spectral_norm,
     with_parametrization,
@@ -191,3 +204,12 @@ def test_a_module_of_a_half_type_keeps_the_digits_of_float32():
     assert value.dtype == torch.float32
     reference = copy.deepcopy(relation).double()(*TEACHER)
     assert (value - reference).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("change", [with_spectral_norm, with_parametrization])
+def test_buffers_take_the_dtype_of_wider_features(change):
+    values = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        values.append(change(RelationModule(D)).to(dtype).eval()(*TEACHER))
+    torch.testing.assert_close(*values)

@@ -37,11 +37,11 @@ def entropy_from_eigenvalues(matrix: Tensor, alpha: float, *, epsilon: float) ->
         return zero_or_nan - eigenvalues.amax(dim=-1).log2()
 
     p, in_range = _probabilities(eigenvalues, alpha, epsilon)
-    if alpha == 1:
-        nats: Tensor = torch.special.entr(p).sum(dim=-1)
-        return zero_or_nan + nats / math.log(2)
-
     log_p = torch.where(p > 0, p, 1.0).log()
+    if alpha == 1:
+        # Not by torch.special.entr, whose derivative in forward mode is NaN at zero.
+        return zero_or_nan - (p * log_p).sum(dim=-1) / math.log(2)
+
     if abs(alpha - 1) < 0.5:
         # The sum of p^alpha is the sum of p, which is one, and of p (p^(alpha - 1) - 1). Written
         # so, it keeps its digits as alpha nears 1. So does its gradient, since that of the first
