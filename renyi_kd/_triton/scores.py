@@ -1,5 +1,7 @@
 """The scores with one read of the map, their gradient with one read and one write, and lengths."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -363,22 +365,12 @@ def _scores_on_cuda(
 
 @operators.scores_backward_operator.register_kernel("cuda")
 def _scores_backward_on_cuda(
-    grad: Tensor,
-    pixels: Tensor,
-    query: Tensor,
-    residual: Tensor | None,
-    normalized: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    for_pixels: bool,
-    for_residual: bool,
+    grad: Tensor, pixels: Tensor, query: Tensor, *saved: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     fits = _scores_fit(pixels, query)
     route = scores_backward_by_kernel if fits else operators.scores_backward_by_blocks
     with on_device_of(pixels):
-        return route(
-            grad, pixels, query, residual, normalized, mean, rstd, for_pixels, for_residual
-        )
+        return route(grad, pixels, query, *saved)
 
 
 @operators.unit_length_operator.register_kernel("cuda")

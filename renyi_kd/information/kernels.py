@@ -159,15 +159,9 @@ def normalized_kernel(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
             each = samples.unsqueeze(-2)
             return kernel(each, each, **options)[..., 0, 0]
 
-        gram = kernel(x, y, **options)
         of_x = squared_lengths(x)
         of_y = of_x if y is None else squared_lengths(y)
-        zero_x, zero_y = (of_x == 0).unsqueeze(-1), (of_y == 0).unsqueeze(-2)
-        inverse_x = torch.where(of_x == 0, 1.0, of_x).rsqrt().unsqueeze(-1)
-        inverse_y = torch.where(of_y == 0, 1.0, of_y).rsqrt().unsqueeze(-2)
-        # The entry of a zero sample is zero. It is added here so that a NaN stays NaN.
-        of_zero = gram.detach() + (zero_x & zero_y)
-        return torch.where(zero_x | zero_y, of_zero, gram * inverse_x * inverse_y)
+        return _divided_by_lengths(kernel(x, y, **options), of_x, of_y)
 
     return normalized
 
@@ -203,17 +197,18 @@ def normalize_gram(gram: Tensor) -> Tensor:
     check_gram("gram", gram)
     kernel = gram.double()
     diagonal = kernel.diagonal(dim1=-2, dim2=-1)
-    zero = diagonal == 0
-    inverse_norms = torch.where(zero, 1.0, diagonal).rsqrt()
-    one_is_zero = zero.unsqueeze(-1) | zero.unsqueeze(-2)
-    both_are_zero = zero.unsqueeze(-1) & zero.unsqueeze(-2)
-    cosines = torch.where(
-        one_is_zero,
-        # The kernel of a zero sample is zero. It is added here so that a NaN stays NaN.
-        kernel.detach() + both_are_zero,
-        kernel * inverse_norms.unsqueeze(-1) * inverse_norms.unsqueeze(-2),
-    )
+    cosines = _divided_by_lengths(kernel, diagonal, diagonal)
     return (cosines / gram.shape[-1]).to(compute_dtype(gram))
+
+
+def _divided_by_lengths(gram: Tensor, of_x: Tensor, of_y: Tensor) -> Tensor:
+    """Return each entry divided by the lengths of its two samples, of these squares."""
+    zero_x, zero_y = (of_x == 0).unsqueeze(-1), (of_y == 0).unsqueeze(-2)
+    inverse_x = torch.where(of_x == 0, 1.0, of_x).rsqrt().unsqueeze(-1)
+    inverse_y = torch.where(of_y == 0, 1.0, of_y).rsqrt().unsqueeze(-2)
+    # The entry of a zero sample is zero. It is added here so that a NaN stays NaN.
+    of_zero = gram.detach() + (zero_x & zero_y)
+    return torch.where(zero_x | zero_y, of_zero, gram * inverse_x * inverse_y)
 
 
 def trace_one(gram: Tensor) -> Tensor:

@@ -97,7 +97,6 @@ class InfoSAMDistiller(nn.Module):
         process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
         super().__init__()
-        check_group(process_group)  # before anything is made
         self.dim = check_integer("dim", dim, minimum=1)
         self.alpha = check_alpha(alpha)
         self.compression_weight = check_real("compression_weight", compression_weight, minimum=0)
@@ -151,8 +150,7 @@ class InfoSAMDistiller(nn.Module):
             ValueError: shapes, batch sizes or devices do not fit, fewer than two samples, or the
                 teacher requires a gradient while the student does not.
         """
-        names = "teacher_relation", "student_relation", "image_embedding", "mask_tokens"
-        with telling_ranks(self.process_group, names):
+        with telling_ranks(self.process_group):
             samples = self._relations_and_features(teacher, student)
         return infosam_terms(*samples, **self._options())
 

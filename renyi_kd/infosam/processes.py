@@ -10,7 +10,7 @@ average the gradients of the ranks. Each rank computes the part of the gradient 
 have, which is to be summed over the ranks, so it is multiplied by their number here.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import ref
@@ -23,8 +23,10 @@ from torch.autograd.function import once_differentiable
 from renyi_kd._precision import compute_dtype
 from renyi_kd.infosam.operators.batch_gram import in_memory_order, memory_order
 
-# What a rank says in place of its number of samples after an error.
+# What a rank says after an error in place of its numbers: that of its samples, and hashes of their
+# layout, of the options and of the four kinds of samples.
 _FAILED = -1
+_NUMBERS = 7
 
 
 def check_group(process_group: object) -> None:
@@ -64,18 +66,13 @@ class GroupReference:
 
 
 @contextmanager
-def telling_ranks(group: "dist.ProcessGroup | None", names: Iterable[str]) -> Iterator[None]:
-    """Make an error inside, which comes before all that ranks exchange, one on all ranks.
-
-    Args:
-        group: the ranks; None: there are no others.
-        names: of the samples that `slices_over_ranks` would be given.
-    """
+def telling_ranks(group: "dist.ProcessGroup | None") -> Iterator[None]:
+    """Make an error inside, which comes before all that ranks exchange, one on all ranks."""
     try:
         yield
     except Exception:
         if group is not None:
-            _gather([_FAILED] * (3 + len(list(names))), group)
+            _gather([_FAILED] * _NUMBERS, group)
         raise
 
 

@@ -164,7 +164,7 @@ def infosam_losses(
         "mask_tokens": mask_tokens,
     }
     check_group(process_group)
-    with telling_ranks(process_group, samples):
+    with telling_ranks(process_group):
         # A rank may have no sample, if the others have two.
         check_batches(samples, at_least=2 if process_group is None else 0)
         alpha = check_alpha(alpha)
@@ -172,11 +172,12 @@ def infosam_losses(
         options = alpha, compression_weight, distillation_weight, distillation_trains_relation
         samples = slices_over_ranks(samples, options, process_group)
         check_batches(samples, at_least=2)
-    # Of few features, plain operators cost a CPU less.
-    few = {name for name, x in samples.items() if x.is_cpu and name != "image_embedding"}
     grams = torch.stack(
         [
-            inner_products(x.flatten(1)) if name in few else batch_gram(x)
+            # Of few features, plain operators cost a CPU less.
+            inner_products(x.flatten(1))
+            if x.is_cpu and name != "image_embedding"
+            else batch_gram(x)
             for name, x in samples.items()
         ]
     )

@@ -2,24 +2,9 @@
 
 import pytest
 import torch
-from torch import Tensor
-from torchvision.ops import masks_to_boxes
+from finetuning_batches import batch
 
-from parts.data.batches import Batch
 from parts.data.prompts import draw_points, draw_prompts, noised
-
-
-def batch(masks: Tensor, valid: Tensor | None = None):
-    valid = torch.ones_like(masks) if valid is None else valid
-    return Batch(
-        torch.zeros(len(masks), 3, 1, 1),
-        masks,
-        valid,
-        masks_to_boxes(masks),
-        list(range(len(masks))),
-        [],
-        [],
-    )
 
 
 @pytest.mark.parametrize(("count", "on_object"), [(1, 1), (2, 1), (5, 2), (8, 4)])

@@ -2,25 +2,11 @@
 
 import pytest
 import torch
+from finetuning_batches import batch
 from torch import Tensor, nn
-from torchvision.ops import masks_to_boxes
 
-from parts.data.batches import Batch
 from parts.data.frame import Frame
 from parts.evaluation.scores import evaluate, predictions
-
-
-def batch(masks: Tensor, valid: Tensor | None = None):
-    valid = torch.ones_like(masks) if valid is None else valid
-    return Batch(
-        torch.zeros(len(masks), 3, 1, 1),
-        masks,
-        valid,
-        masks_to_boxes(masks),
-        list(range(len(masks))),
-        [],
-        [],
-    )
 
 
 def test_scores_by_hand() -> None:
