@@ -17,9 +17,10 @@ def needs_plain_formulas(*tensors: Tensor) -> bool:
     These are derivatives in forward mode, which PyTorch takes for zero in custom operators, and
     those of `torch.func`. Formulas of PyTorch's own operators serve them.
     """
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or any(
+    if torch._C._are_functorch_transforms_active():
+        return True
+    # Compiled code is traced without tangents. PyTorch itself refuses a tensor that has one there.
+    return not torch.compiler.is_compiling() and any(
         forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
         for tensor in tensors
     )

@@ -92,6 +92,13 @@ def check_alpha(alpha: object) -> float:
     return check_real("alpha", alpha, minimum=0, exclusive=True)
 
 
+def check_flag(name: str, value: object) -> bool:
+    """Return `value`. Raise `TypeError` unless it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+    return value
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise `ValueError` unless `value` is one of `choices`."""
     if value not in choices:

@@ -11,7 +11,6 @@ Results have the promoted dtype of the arguments, at least float32.
 
 from collections.abc import Sequence
 from functools import reduce
-from itertools import islice
 from operator import add, mul
 
 from torch import Tensor
@@ -287,6 +286,11 @@ def check_variables(**groups: Sequence[Gram]) -> tuple[list[Gram], list[Subset]]
                 f"`{label}` must be a Gram matrix, got {gram!r}. Options are given by name, as "
                 f"alpha={gram!r}."
             )
+        if isinstance(gram, (list, tuple)) and isinstance((*gram, None)[0], (Tensor, SampleGram)):
+            raise TypeError(
+                f"`{label}` must be a Gram matrix, got a {type(gram).__name__}. "
+                f"Give several one by one, as in renyi_joint_entropy(*grams)."
+            )
         if not isinstance(gram, SampleGram):
             check_gram(label, gram)
     grams = list(labels.values())
@@ -298,5 +302,8 @@ def check_variables(**groups: Sequence[Gram]) -> tuple[list[Gram], list[Subset]]
         )
     check_same_device(**labels)
     check_batch_dimensions(grams)
-    numbers = iter(range(len(grams)))
-    return grams, [tuple(islice(numbers, len(group))) for group in groups.values()]
+    subsets, end = [], 0
+    for group in groups.values():
+        start, end = end, end + len(group)
+        subsets.append(tuple(range(start, end)))
+    return grams, subsets

@@ -301,6 +301,11 @@ def _distances_in_bandwidths(
     x: Tensor, y: Tensor | None, *, order: float, bandwidth: Bandwidth | None
 ) -> Tensor:
     if isinstance(bandwidth, Tensor):
+        if not bandwidth.is_floating_point():
+            raise TypeError(
+                f"`bandwidth` must have a floating-point dtype, got {bandwidth.dtype}. "
+                f"Convert it by `.float()`."
+            )
         check_floating("bandwidth", bandwidth)
         if bandwidth.ndim and bandwidth.shape[-2:] != (1, 1):
             raise ValueError(
@@ -308,6 +313,7 @@ def _distances_in_bandwidths(
                 f"each matrix of a batch, got shape {tuple(bandwidth.shape)}."
             )
         check_same_device(x=x, bandwidth=bandwidth)
+        check_batch_dimensions((x, bandwidth))
     elif bandwidth is not None:
         bandwidth = check_real("bandwidth", bandwidth, minimum=0, exclusive=True)
     double = x.double()

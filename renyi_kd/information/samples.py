@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from renyi_kd._checks import check_flag
 from renyi_kd._precision import compute_dtype
 from renyi_kd.information.kernels import (
     check_samples,
@@ -75,6 +76,7 @@ class SampleGram:
                 f"`kernel` must be callable, got {type(kernel).__name__}. "
                 f"Pass linear_kernel, rbf_kernel, ..."
             )
+        check_flag("normalize", normalize)
         self.x = x
         self.kernel = kernel
         self.kernel_options = kernel_options
@@ -98,8 +100,9 @@ class SampleGram:
             )
         if entry.requires_grad:
             raise ValueError(
-                "`kernel` must not train parameters of its own: evaluated tile by tile it would "
-                "pass them no gradient. Give the Gram matrix itself, as `kernel(x)`."
+                "`kernel` must not train parameters of its own, nor a `bandwidth`: evaluated tile "
+                "by tile it would pass them no gradient. Detach them, or give the Gram matrix "
+                "itself, as `kernel(x)`."
             )
         if self.kernel in _OF_TWO_SAMPLES or torch.compiler.is_compiling() or self.x.is_meta:
             return

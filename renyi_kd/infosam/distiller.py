@@ -6,15 +6,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from renyi_kd._checks import check_alpha, check_integer, check_real
+from renyi_kd._checks import check_alpha, check_flag, check_integer, check_real
 from renyi_kd._precision import compute_dtype
 from renyi_kd.infosam.features import Features
 from renyi_kd.infosam.processes import (
     GroupReference,
+    TellingRanks,
     averaging_gradients,
     broadcast,
     check_group,
-    telling_ranks,
 )
 from renyi_kd.infosam.relation import RelationModule, flatten_features
 from renyi_kd.infosam.terms import InfoSAMTerms, check_batches, infosam_losses, infosam_terms
@@ -104,7 +104,9 @@ class InfoSAMDistiller(nn.Module):
         if relation is not None and not isinstance(relation, nn.Module):
             raise TypeError(f"`relation` must be a torch.nn.Module, got {type(relation).__name__}.")
         self.relation = RelationModule(dim) if relation is None else relation
-        self.distillation_trains_relation = distillation_trains_relation
+        self.distillation_trains_relation = check_flag(
+            "distillation_trains_relation", distillation_trains_relation
+        )
         self.process_group = process_group
 
     @property
@@ -150,7 +152,7 @@ class InfoSAMDistiller(nn.Module):
             ValueError: shapes, batch sizes or devices do not fit, fewer than two samples, or the
                 teacher requires a gradient while the student does not.
         """
-        with telling_ranks(self.process_group):
+        with TellingRanks(self.process_group):
             samples = self._relations_and_features(teacher, student)
         return infosam_terms(*samples, **self._options())
 

@@ -252,7 +252,7 @@ class FeatureCollector:
             del self._encoded[0]
 
     def _before_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._given = kwargs.get("image_embeddings", next(iter(args), None))
+        self._given = kwargs.get("image_embeddings", args[0] if args else None)
 
     def _after_transformer(self, module: nn.Module, args: Any, output: Any) -> None:
         hidden = output[0]  # (B, T, D), but (B, prompts, T, D) in transformers

@@ -10,8 +10,6 @@ average the gradients of the ranks. Each rank computes the part of the gradient 
 have, which is to be summed over the ranks, so it is multiplied by their number here.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from weakref import ref
 
@@ -65,15 +63,20 @@ class GroupReference:
         return GroupReference, ()
 
 
-@contextmanager
-def telling_ranks(group: "dist.ProcessGroup | None") -> Iterator[None]:
-    """Make an error inside, which comes before all that ranks exchange, one on all ranks."""
-    try:
-        yield
-    except Exception:
-        if group is not None:
-            _gather([_FAILED] * _NUMBERS, group)
-        raise
+class TellingRanks:
+    """Makes an error inside, which comes before all that ranks exchange, one on all ranks.
+
+    A class, since older versions of `torch.compile` do not trace generators of context managers.
+    """
+
+    def __init__(self, group: "dist.ProcessGroup | None") -> None:
+        self.group = group
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, Exception) and self.group is not None:
+            _gather([_FAILED] * _NUMBERS, self.group)
 
 
 def slices_over_ranks(
@@ -92,7 +95,7 @@ def slices_over_ranks(
     Raises:
         ValueError: on all ranks, if one has samples of another shape or dtype than the others, or
             other options.
-        RuntimeError: on all other ranks, if one has raised an error inside of `telling_ranks`.
+        RuntimeError: on all other ranks, if one has raised an error inside of `TellingRanks`.
     """
     sizes, one_layout = _agree(samples, options, group)
     # The large embedding travels alone. So it keeps its dtype, and the order of its features in
@@ -100,11 +103,12 @@ def slices_over_ranks(
     embedding = samples["image_embedding"]
     rows = (in_memory_order(embedding) if one_layout else embedding).flatten(1)
     (embedding_slice,) = _exchange([rows], sizes, group)
-    small = {name: x.flatten(1) for name, x in samples.items() if name != "image_embedding"}
-    dtype = compute_dtype(*small.values())
-    small_slices = _exchange([x.to(dtype) for x in small.values()], sizes, group)
-    slices = dict(zip(small, small_slices, strict=True), image_embedding=embedding_slice)
-    return {name: slices[name] for name in samples}
+    small = [x.flatten(1) for name, x in samples.items() if name != "image_embedding"]
+    small_slices = _exchange([x.to(compute_dtype(*small)) for x in small], sizes, group)
+    in_turn = iter(small_slices)
+    return {
+        name: embedding_slice if name == "image_embedding" else next(in_turn) for name in samples
+    }
 
 
 def sum_over_ranks(grams: Tensor, group: "dist.ProcessGroup") -> Tensor:

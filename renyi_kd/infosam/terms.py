@@ -8,6 +8,7 @@ from torch import Tensor
 
 from renyi_kd._checks import (
     check_alpha,
+    check_flag,
     check_floating,
     check_real,
     check_same_device,
@@ -19,11 +20,11 @@ from renyi_kd.infosam.features import EVALUATED
 from renyi_kd.infosam.operators.batch_gram import batch_gram, batch_gram_error
 from renyi_kd.infosam.operators.joint import joint_grams
 from renyi_kd.infosam.processes import (
+    TellingRanks,
     check_group,
     mean_over_ranks,
     slices_over_ranks,
     sum_over_ranks,
-    telling_ranks,
 )
 
 
@@ -164,10 +165,11 @@ def infosam_losses(
         "mask_tokens": mask_tokens,
     }
     check_group(process_group)
-    with telling_ranks(process_group):
+    with TellingRanks(process_group):
         # A rank may have no sample, if the others have two.
         check_batches(samples, at_least=2 if process_group is None else 0)
         alpha = check_alpha(alpha)
+        check_flag("distillation_trains_relation", distillation_trains_relation)
     if process_group is not None:
         options = alpha, compression_weight, distillation_weight, distillation_trains_relation
         samples = slices_over_ranks(samples, options, process_group)

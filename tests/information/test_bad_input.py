@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import renyi_kd
+from renyi_kd import SampleGram
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,29 @@ import renyi_kd
         (lambda g: renyi_kd.renyi_joint_entropy(g, g[:2]), ValueError, r"`grams\[1\]` must have"),
         (lambda g: renyi_kd.renyi_entropy(g[:2]), ValueError, "`gram` must have"),
         (lambda g: renyi_kd.rbf_kernel(g, bandwidth=g[0]), ValueError, r"\(\.\.\., 1, 1\).*\(3,\)"),
-        (lambda g: renyi_kd.rbf_kernel(g, bandwidth=torch.tensor(1)), TypeError, "`bandwidth`"),
+        (
+            lambda g: renyi_kd.renyi_joint_entropy([g, g]),
+            TypeError,
+            r"`grams` must be a Gram matrix, got a list. Give several .*\(\*grams\)",
+        ),
+        (lambda g: renyi_kd.renyi_entropy((SampleGram(g), g)), TypeError, "`gram`.*got a tuple"),
+        (lambda g: renyi_kd.renyi_joint_entropy([]), TypeError, "torch.Tensor, got list"),
+        (
+            lambda g: renyi_kd.rbf_kernel(g, bandwidth=torch.tensor(1)),
+            TypeError,
+            r"`bandwidth` .*int64. Convert it by `\.float\(\)`",
+        ),
+        (
+            lambda g: renyi_kd.rbf_kernel(g.expand(2, 3, 3), bandwidth=torch.ones(3, 1, 1)),
+            ValueError,
+            r"must broadcast, got shapes \[\(2, 3, 3\), \(3, 1, 1\)\]",
+        ),
+        (
+            lambda g: SampleGram(g, renyi_kd.rbf_kernel, bandwidth=torch.ones(()).requires_grad_()),
+            ValueError,
+            "`bandwidth`.*no gradient",
+        ),
+        (lambda g: SampleGram(g, normalize="no"), TypeError, "`normalize` .* got 'no'"),
         (lambda g: renyi_kd.rbf_kernel(g, bandwidth=0), ValueError, "`bandwidth`"),
         (lambda g: renyi_kd.laplacian_kernel(g, bandwidth=-1.0), ValueError, "`bandwidth`"),
         (lambda g: renyi_kd.polynomial_kernel(g, degree=0), ValueError, "`degree`"),

@@ -77,6 +77,7 @@ def test_features_that_do_not_fit(teacher, student, error, message) -> None:
         ({"dim": 0}, ValueError, "`dim` must be an integer >= 1, got 0"),
         ({"dim": 8.0}, TypeError, "`dim` must be an integer, got 8.0"),
         ({"dim": True}, TypeError, "`dim` must be an integer, got True"),
+        ({"distillation_trains_relation": "no"}, TypeError, "True or False, got 'no'"),
         ({"relation": torch.nn.functional.relu}, TypeError, "`relation` must be a torch.nn.Module"),
     ],
 )

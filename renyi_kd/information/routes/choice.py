@@ -22,6 +22,7 @@ from renyi_kd.information.routes.tiles import Progress
 from renyi_kd.information.samples import Gram, SampleGram, as_matrix
 
 Method: TypeAlias = Literal["frobenius", "power", "eigvalsh"]
+_METHODS: tuple[str, ...] = get_args(Method)
 
 # From this n on it is faster to go through a matrix tile by tile, without copies of it, and kernels
 # of samples need no matrix.
@@ -41,9 +42,9 @@ def choose_method(alpha: float, method: Method | None) -> Method:
     has_power = 2 <= alpha <= MAX_POWER and alpha == int(alpha)
     if method is None:
         return "frobenius" if alpha == 2 else "power" if has_power else "eigvalsh"
-    if method not in get_args(Method):
+    if method not in _METHODS:
         raise ValueError(
-            f"`method` must be one of {', '.join(map(repr, get_args(Method)))}, got {method!r}. "
+            f"`method` must be one of {', '.join(map(repr, _METHODS))}, got {method!r}. "
             f"For an estimate by Lanczos quadrature call renyi_entropy_estimate."
         )
     if method == "frobenius" and alpha != 2:
@@ -130,13 +131,15 @@ def _entropies_without_dual(
     progress: Progress | None,
 ) -> Sequence[Tensor]:
     tensors = [gram.x if isinstance(gram, SampleGram) else gram for gram in grams]
-    large = grams[0].shape[-1] >= LARGE and not needs_plain_formulas(*tensors)
+    custom = not needs_plain_formulas(*tensors)
     samples = [gram for gram in grams if isinstance(gram, SampleGram)]
-    if method == "frobenius" and large and len(samples) == len(grams):
+    by_tiles = custom and method == "frobenius" and len(samples) == len(grams)
+    if by_tiles and grams[0].shape[-1] >= LARGE:
         return entropies_of_samples(samples, subsets, progress).unbind()
     matrices = [as_matrix(gram) for gram in grams]
-    # torch.compile fuses the plain operators, which is as good as going by tiles.
-    large = large and not torch.compiler.is_compiling()
+    # torch.compile fuses the plain operators, which is as good as going by tiles. It must not even
+    # compare the size, or it would compile again for the larger ones.
+    large = custom and not torch.compiler.is_compiling() and grams[0].shape[-1] >= LARGE
     alike = all(matrix.shape == matrices[0].shape for matrix in matrices)
     if method == "frobenius" and large and alike:
         return entropies_of_matrices(matrices, subsets).unbind()

@@ -173,9 +173,9 @@ def _powers(matrix: Tensor, chain: tuple[int, ...] | list[int]) -> dict[int, Ten
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """Return the product of two powers of one symmetric matrix."""
-    n = left.shape[-1]
     learns = torch.is_grad_enabled() and left.requires_grad
-    if n < _TRIANGLE or learns or needs_plain_formulas(left, right):
+    plain = learns or torch.compiler.is_compiling() or needs_plain_formulas(left, right)
+    if plain or (n := left.shape[-1]) < _TRIANGLE:
         return left @ right
     product = torch.empty_like(left)
     height = -(-n // _STRIPS)
