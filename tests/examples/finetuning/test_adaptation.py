@@ -10,12 +10,8 @@ from torch import Tensor, nn
 
 from parts.data.prompts import Prompts
 from parts.models import huggingface
-from parts.models.adaptation import (
-    adapt,
-    add_adapters,
-    load_trainable_state,
-    trainable_state,
-)
+from parts.models.adaptation import adapt, load_trainable_state, trainable_state
+from parts.models.methods.adapters import add_adapters
 from parts.options import METHODS
 from parts.runs.trained import merge_lora
 

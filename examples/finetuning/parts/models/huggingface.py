@@ -24,7 +24,7 @@ from transformers import (
 from parts.data.frame import Frame
 from parts.data.prompts import Prompts
 from parts.errors import InputError, first_line
-from parts.models.adaptation import Adapter, add_adapters
+from parts.models.methods.adapters import Adapter, add_adapters
 from parts.models.segmenter import Segmenter, check_finite
 from parts.options import SMALL_TRANSFORMERS
 

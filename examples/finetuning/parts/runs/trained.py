@@ -14,7 +14,9 @@ from torch import nn
 
 from parts.errors import InputError
 from parts.files import appearing
-from parts.models.adaptation import HeadLoRA, adapt, add_adapters
+from parts.models.adaptation import adapt
+from parts.models.methods.adapters import add_adapters
+from parts.models.methods.lora import HeadLoRA
 from parts.models.segmenter import Segmenter, build, check_finite, check_teacher
 from parts.runs import checkpoint
 from parts.runs.folder import STUDENT, TEACHER, check_weights, read_options

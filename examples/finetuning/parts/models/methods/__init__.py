@@ -1,0 +1,1 @@
+"""The fine-tuning methods: what each adds to a model, one file for each kind."""
