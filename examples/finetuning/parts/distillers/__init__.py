@@ -1,0 +1,1 @@
+"""The systems that carry knowledge from the teacher to the student, one file each."""
