@@ -112,9 +112,9 @@ def rows(output: Path, name: str = "training") -> list[dict[str, float]]:
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Return everything of a checkpoint that trains."""
     return {
-        f"{name}.{key}": value
-        for name in ("student", "distiller")
-        for key, value in load_file(checkpoint / f"{name}.safetensors").items()
+        f"{path.stem}.{key}": value
+        for path in sorted(checkpoint.glob("*.safetensors"))
+        for key, value in load_file(path).items()
     }
 
 

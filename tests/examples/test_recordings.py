@@ -90,7 +90,7 @@ class Recording:
 
 
 # Gradients that are zero in exact arithmetic were recorded as the rounding of others.
-SMALLEST = 1e-8
+SMALLEST = 1e-7
 WORST: dict[str, float] = {}
 
 

@@ -16,6 +16,24 @@ from typing import Any
 SPLITS = ("train", "val", "test")
 TEST_TABLE = "test.csv"
 METHODS = ("lora", "lora-heads", "adapter", "bitfit", "decoder")
+# Each with the weight of its loss, see docs/compared-systems.md.
+DISTILLERS = {
+    "infosam": 1.0,
+    "logit": 1.0,
+    "pkd": 6.0,
+    "pkt": 3e4,
+    "ibd": 1.0,
+    "vid": 1.0,
+    "semckd": 50.0,
+    "reviewkd": 1.0,
+    "tinysam": 1.0,
+    "mobilesam": 1.0,
+    "tinysam-relation": 1.0,
+    "mobilesam-relation": 1.0,
+    "none": 0.0,
+}
+WITH_RELATION = ("infosam", "tinysam-relation", "mobilesam-relation")
+RELATIONS = ("attention-1", "attention-3", "attention-5", "linear", "dot-product")
 CACHE_DTYPES = ("float16", "bfloat16")
 SAM_MODELS = ("vit_b", "vit_l", "vit_h", "tiny")
 SAM2_SIZES = ("t", "s", "b+", "l")
@@ -73,11 +91,39 @@ def parse_training(
     group.add_argument("--eval-prompts", choices=("boxes", "points"), default="boxes")
     group.add_argument("--eval-points", type=points, default=5, help="the same in evaluation")
 
+    group = parser.add_argument_group("distillation")
+    group.add_argument(
+        "--distiller", choices=DISTILLERS, default="infosam", help="none trains without distilling"
+    )
+    group.add_argument(
+        "--distiller-weight", type=number(0), help="weight of its loss; each has its own default"
+    )
+    for option, model in (("--layers", "student"), ("--teacher-layers", "teacher")):
+        group.add_argument(
+            option,
+            type=whole(0),
+            nargs="+",
+            help=f"blocks of the {model} to compare, where a distiller compares blocks; by default "
+            "those of global attention, or of SAM2 the last of each stage",
+        )
+    group.add_argument(
+        "--relation", choices=RELATIONS, default="attention-1", help="the relation module"
+    )
+    group.add_argument(
+        "--relation-from", type=place, help="a run whose relation module this one starts from"
+    )
+    group.add_argument(
+        "--freeze-relation", action="store_true", help="leave the relation module as it is"
+    )
     group = parser.add_argument_group("InfoSAM")
     group.add_argument("--alpha", type=order, default=2.0, help="order of the Renyi entropy")
     group.add_argument("--compression-weight", type=number(0), default=1.0)
     group.add_argument("--distillation-weight", type=number(0), default=0.5)
-    group.add_argument("--no-infosam", action="store_true", help="without distilling")
+    group.add_argument(
+        "--without-regularization",
+        action="store_true",
+        help="the joint entropy of the relations alone, as in the paper's Table 12",
+    )
     parser.set_defaults(package=package)
 
     group = parser.add_argument_group("training")
@@ -119,7 +165,28 @@ def parse_training(
             parser.error(f"{flag} is needed for {model}")
     if options.teacher is None and options.teacher_checkpoint is not None:
         parser.error("--teacher-checkpoint needs --teacher, which says of what size it is")
+    check_distillation(parser, options)
     return options
+
+
+def check_distillation(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Give the loss its default weight; end the program if an option would have no effect."""
+    name = options.distiller
+    if options.distiller_weight is None:
+        options.distiller_weight = DISTILLERS[name]
+    elif name == "none":
+        parser.error("--distiller-weight needs a --distiller, got none")
+    for option, given in (
+        ("--relation", options.relation != "attention-1"),
+        ("--relation-from", options.relation_from is not None),
+        ("--freeze-relation", options.freeze_relation),
+    ):
+        if given and name not in WITH_RELATION:
+            parser.error(f"{option} needs a --distiller with relations, got {name}")
+    if options.relation == "dot-product" and (options.relation_from or options.freeze_relation):
+        parser.error("--relation dot-product has no weights to start from or to freeze")
+    if options.without_regularization and name != "infosam":
+        parser.error(f"--without-regularization needs --distiller infosam, got {name}")
 
 
 def add_data(group: argparse._ArgumentGroup) -> None:

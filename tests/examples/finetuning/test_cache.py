@@ -45,7 +45,7 @@ def batches(teacher, rows):
 
 def cached(teacher, rows, folder: Path, **others: object) -> CachedEncoder:
     options = {"cache_dtype": "float16", "precision": "no", "image_range": None} | others
-    options |= {"teacher_cache": folder / "cache", "no_infosam": False}
+    options |= {"teacher_cache": folder / "cache", "distiller": "infosam"}
     digests = [digest(row.image) for row in rows]
     encode = teacher_encoder(teacher, digests, Namespace(**options))
     assert isinstance(encode, CachedEncoder)
@@ -60,7 +60,7 @@ def test_what_is_read_is_what_the_teacher_gives(
     size = 6 * 64 * 16 * 16 * 2
     assert f"{size / 1e6:.1f} MB to write" in capsys.readouterr().out
     given = batches(teacher, rows)
-    first = [encode(batch) for batch in given]
+    first = [encode(batch)[0] for batch in given]
     for batch, embedding in zip(given, first, strict=True):
         with torch.no_grad():
             exact = teacher.encode(batch.images)[-1]
@@ -74,7 +74,7 @@ def test_what_is_read_is_what_the_teacher_gives(
     hook = teacher.encoder.register_forward_pre_hook(encoder_must_not_run)
     again = cached(teacher, rows, tmp_path, cache_dtype=dtype)
     assert "found" in capsys.readouterr().out
-    assert all(torch.equal(x, again(batch)) for x, batch in zip(first, given, strict=True))
+    assert all(torch.equal(x, again(batch)[0]) for x, batch in zip(first, given, strict=True))
     hook.remove()
 
 
@@ -101,7 +101,7 @@ def assert_goes_on_after_the_first_batch(teacher, rows, folder: Path) -> None:
     for batch in batches(teacher, rows):
         with torch.no_grad():
             exact = teacher.encode(batch.images)[-1]
-        assert torch.equal(encode(batch), exact.half().float())
+        assert torch.equal(encode(batch)[0], exact.half().float())
     assert all(cached(teacher, rows, folder).whole)
 
 
@@ -140,7 +140,7 @@ folder = Path({folder!r})
 rows = [Row(folder / f"{{i}}.png", folder / f"{{i}}_mask.png", str(i)) for i in range(6)]
 data = MaskedImages(rows, teacher.frame)
 options = Namespace(teacher_cache=folder / "cache", cache_dtype="float16", precision="no")
-options.image_range, options.no_infosam = None, False
+options.image_range, options.distiller = None, "infosam"
 encode = teacher_encoder(teacher, [digest(row.image) for row in rows], options)
 encode(collate([data[4], data[1]]))
 pwrite = os.pwrite
@@ -163,7 +163,7 @@ def test_a_kill_in_mid_write(teacher, rows, tmp_path: Path) -> None:
 def test_read_only_and_full_disks(teacher, rows, tmp_path: Path, monkeypatch) -> None:
     given = batches(teacher, rows)
     encode = cached(teacher, rows, tmp_path)
-    first = [encode(batch) for batch in given]
+    first = [encode(batch)[0] for batch in given]
     open_file = os.open
 
     def read_only(path, flags, *arguments, **options) -> int:
@@ -173,7 +173,7 @@ def test_read_only_and_full_disks(teacher, rows, tmp_path: Path, monkeypatch) ->
 
     monkeypatch.setattr(os, "open", read_only)
     whole = cached(teacher, rows, tmp_path)
-    assert all(torch.equal(x, whole(batch)) for x, batch in zip(first, given, strict=True))
+    assert all(torch.equal(x, whole(batch)[0]) for x, batch in zip(first, given, strict=True))
     whole.path.with_suffix(".whole").write_bytes(b"\1\1\1\0\0\0")
     with pytest.raises(ValueError, match=r"--teacher-cache must be .* Read-only file system"):
         cached(teacher, rows, tmp_path)
@@ -198,7 +198,7 @@ def test_a_damaged_cache_is_named(damage: str, teacher, rows, tmp_path: Path) ->
     with pytest.raises(ValueError, match=rf"^{path} of --teacher-cache is damaged, .* Remove it"):
         cached(teacher, rows, tmp_path)
     path.unlink() if path.is_file() else path.rmdir()
-    assert cached(teacher, rows, tmp_path)(given[0]).isfinite().all()
+    assert cached(teacher, rows, tmp_path)(given[0])[0].isfinite().all()
 
 
 def test_out_of_range(teacher, rows, tmp_path: Path) -> None:

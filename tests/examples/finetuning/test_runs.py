@@ -607,7 +607,11 @@ def test_an_error_of_the_system_in_a_damaged_state_names_it(tmp_path: Path, monk
         ("image_range", [1, 1], "image_range must be a pair of numbers that rises or null"),
         ("alpha", 0, "alpha must be a number above 0, got 0"),
         ("digests", {"data": None}, "digests must be texts by name, got {'data': None}"),
-        ("no_infosam", 0, "no_infosam must be true or false, got 0"),
+        ("distiller", "crd", "distiller must be one of infosam, logit, "),
+        ("distiller_weight", -1, "distiller_weight must be a number from 0, got -1"),
+        ("layers", [1.5], "layers must be a list of whole numbers or null, got [1.5]"),
+        ("relation", None, "relation must be one of attention-1, "),
+        ("freeze_relation", 0, "freeze_relation must be true or false, got 0"),
     ],
 )
 def test_wrong_values_of_options_json_are_named(

@@ -44,7 +44,6 @@ from parts.runs import trained as trained_students
 from parts.runs.trained import load_run
 from parts.training import loop
 from parts.training.logbook import Logbook, keep_until
-from renyi_kd import InfoSAMTerms
 
 # What is saved of an encoder has these names.
 SAVED = {
@@ -144,6 +143,7 @@ def log(tmp_path: Path) -> Callable[..., Logbook]:
 
     def make(**others: bool) -> Logbook:
         options = Namespace(output=tmp_path, epochs=2, log_every=2, batch_size=2, processes=1)
+        options.distiller = "infosam"
         rows = [Row(Path(f"{i}.jpg"), Path(f"{i}.png"), str(i)) for i in range(6)]
         logs.append(Logbook(options, rows, batches=3, **others))
         return logs[-1]
@@ -153,16 +153,16 @@ def log(tmp_path: Path) -> Callable[..., Logbook]:
         each.close()
 
 
-def figures(value: float) -> tuple[torch.Tensor, InfoSAMTerms]:
+def figures(value: float) -> dict[str, torch.Tensor]:
     terms = torch.tensor(value)
-    return terms**2, InfoSAMTerms(*[terms] * len(InfoSAMTerms._fields))
+    return {"structure": terms**2, "infosam": terms, "loss": terms + terms**2}
 
 
 def test_means_of_several_batches_share_a_row(log, tmp_path: Path, capsys) -> None:
     """Two batches to a row, and at the end of an epoch what is left."""
     book = log()
     for value in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0):
-        book.training([0, 1], *figures(value), learning_rate=0.1)
+        book.training([0, 1], figures(value), learning_rate=0.1)
     found = rows(tmp_path)
     assert [row["step"] for row in found] == [2, 3, 5, 6]
     assert [row["structure"] for row in found] == [2.5, 9, 20.5, 36]
@@ -181,10 +181,10 @@ def test_means_of_several_batches_share_a_row(log, tmp_path: Path, capsys) -> No
 def test_the_first_loss_that_is_not_finite_is_named(value: float, silent: bool, log) -> None:
     book = log(silent=silent)
     for right in (1.0, 2.0, 3.0):
-        book.training([0, 1], *figures(right), learning_rate=0.1)
-    book.training([4, 5], *figures(value), learning_rate=0.1)
+        book.training([0, 1], figures(right), learning_rate=0.1)
+    book.training([4, 5], figures(value), learning_rate=0.1)
     with pytest.raises(InputError, match="structure loss of epoch 2, batch 1, is") as error:
-        book.training([2, 3], *figures(value), learning_rate=0.1)
+        book.training([2, 3], figures(value), learning_rate=0.1)
     assert str(error.value).endswith("4.jpg, 5.jpg")
 
 
@@ -193,9 +193,9 @@ def test_a_scaler_may_skip_as_many_steps_as_it_can_halve(log) -> None:
     book = log(scaled=True)
     book.options.log_every = 1
     for value in [math.inf] * 16 + [1.0] + [math.inf] * 16:
-        book.training([0, 1], *figures(value), learning_rate=0.1)
+        book.training([0, 1], figures(value), learning_rate=0.1)
     with pytest.raises(InputError, match="batch 1, is inf, and before it 16 others"):
-        book.training([2, 3], *figures(math.inf), learning_rate=0.1)
+        book.training([2, 3], figures(math.inf), learning_rate=0.1)
 
 
 def test_rows_of_later_batches_are_removed_from_two_tables(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_rows_of_later_batches_are_removed_from_two_tables(tmp_path: Path) -> No
 
 
 def test_infosam_acts_on_the_student(trained, data: Path, tmp_path: Path) -> None:
-    run("sam", data, tmp_path / "run", *training_options("sam", "lora"), "--no-infosam")
+    run("sam", data, tmp_path / "run", *training_options("sam", "lora"), "--distiller", "none")
     runs = trained("sam", "lora"), tmp_path / "run"
     one, other = (weights(output / "epoch-001") for output in runs)
     student = [key for key in one if "lora_B" in key]

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from parts.data.batches import MaskedImages, collate
@@ -18,16 +18,17 @@ from parts.data.check import read_data
 from parts.data.prompts import Prompts
 from parts.data.reading import read_image, reading_of
 from parts.data.tables import Row, read_rows
+from parts.distillers.choice import relation_module
 from parts.errors import InputError
 from parts.evaluation.metrics import dice_and_iou
 from parts.evaluation.scores import fixed_prompts, predictions
 from parts.files import appearing, refuse_existing
 from parts.models.segmenter import Segmenter
-from parts.options import next_command
+from parts.options import WITH_RELATION, next_command
 from parts.runs import checkpoint
 from parts.runs.folder import check_digests, digest_of_data, read_options
 from parts.runs.trained import load_run, load_teacher
-from renyi_kd import FeatureCollector, InfoSAMDistiller
+from renyi_kd import FeatureCollector
 
 # Colour-blind readers can tell these apart.
 BLUE, ORANGE, YELLOW, GREEN = "#0072b2", "#e69f00", "#f0e442", "#009e73"
@@ -59,7 +60,7 @@ def draw(arguments: argparse.Namespace) -> None:
         folder.mkdir()
         chosen = arguments.rows or extremes(runs[first], rows, arguments.extremes, options)
         draw_predictions(rows, chosen, models, folder / "predictions.png", options)
-        if not options.no_infosam:
+        if options.distiller in WITH_RELATION:
             draw_relations(first, rows[chosen[0]], folder / "relations.png", arguments)
         draw_curves(arguments.runs, folder / "curves.png")
     print(*sorted(arguments.output.glob("*.png")), sep="\n")
@@ -148,7 +149,7 @@ def draw_prompt(axis: plt.Axes, prompt: Prompts, scale: Tensor) -> None:
 
 @torch.no_grad()
 def relation_map(
-    distiller: InfoSAMDistiller, model: Segmenter, row: Row, options: argparse.Namespace
+    relation: nn.Module, model: Segmenter, row: Row, options: argparse.Namespace
 ) -> Tensor:
     """Return the relation of the mask token to each place of the image embedding, shape (h, w)."""
     data = MaskedImages([row], model.frame, reading_of(options))
@@ -157,8 +158,8 @@ def relation_map(
     with FeatureCollector(model) as collector:
         model(batch.images, Prompts(batch.boxes))
         embedding, tokens = collector.pop()
-    relation = distiller.to(DEVICE).relation(embedding, tokens)[0, 0]
-    return relation.unflatten(0, embedding.shape[2:]).cpu()
+    of_tokens = relation.to(DEVICE)(embedding.flatten(2).mT, tokens)
+    return of_tokens[0, 0].unflatten(0, embedding.shape[2:]).cpu()
 
 
 def draw_relations(run: Path, row: Row, path: Path, arguments: argparse.Namespace) -> None:
@@ -168,9 +169,10 @@ def draw_relations(run: Path, row: Row, path: Path, arguments: argparse.Namespac
     maps = []
     for epoch in epochs:
         student, options = load_run(run, epoch, arguments)
-        distiller = InfoSAMDistiller(student.dim, alpha=options.alpha)
+        distiller = nn.ModuleDict({"relation": relation_module(options, student.dim)})
         checkpoint.load_weights(checkpoint.epoch_folder(run, epoch), {"distiller": distiller})
-        both = [relation_map(distiller, model, row, options) for model in (teacher, student)]
+        relation = distiller["relation"]
+        both = [relation_map(relation, model, row, options) for model in (teacher, student)]
         maps.append(both)
     limit = max(part.abs().max().item() for both in maps for part in both)
     figure, axes = plt.subplots(

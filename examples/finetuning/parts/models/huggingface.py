@@ -41,6 +41,11 @@ class HuggingFaceSAM(Segmenter):
     model: SamModel | Sam2Model
 
     @property
+    def decodes_embedding_alone(self) -> bool:
+        """Whether masks depend on the image embedding alone."""
+        return isinstance(self.model, SamModel)
+
+    @property
     def encoder(self) -> nn.Module:
         """The image encoder."""
         return self.model.vision_encoder
@@ -49,6 +54,18 @@ class HuggingFaceSAM(Segmenter):
     def decoder(self) -> nn.Module:
         """The mask decoder."""
         return self.model.mask_decoder
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks."""
+        return self.encoder.layers if self.decodes_embedding_alone else self.encoder.backbone.blocks
+
+    @property
+    def stages(self) -> list[int]:
+        """The blocks of global attention; of SAM2 the last block of each stage."""
+        if self.decodes_embedding_alone:
+            return [i for i, block in enumerate(self.blocks) if block.window_size == 0]
+        return list(self.encoder.backbone.stage_ends)
 
     def encode(self, images: Tensor) -> list[Tensor]:
         """Return the finer levels that SAM2 has, and then the image embedding.

@@ -29,6 +29,16 @@ class SegmentAnything(Segmenter):
         """The mask decoder."""
         return self.model.mask_decoder
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks."""
+        return self.encoder.blocks
+
+    @property
+    def stages(self) -> list[int]:
+        """The blocks of global attention."""
+        return [i for i, block in enumerate(self.blocks) if block.window_size == 0]
+
     def encode(self, images: Tensor) -> list[Tensor]:
         """Return the image embedding (B, D, h, w) of images (B, 3, size, size)."""
         return [self.encoder(images)]

@@ -28,6 +28,7 @@ class SegmentAnything2(Segmenter):
     """`SAM2Base`, used for single pictures and not for videos."""
 
     model: SAM2Base
+    decodes_embedding_alone = False
 
     @property
     def encoder(self) -> nn.Module:
@@ -38,6 +39,16 @@ class SegmentAnything2(Segmenter):
     def decoder(self) -> nn.Module:
         """The mask decoder."""
         return self.model.sam_mask_decoder
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks."""
+        return self.encoder.trunk.blocks
+
+    @property
+    def stages(self) -> list[int]:
+        """The last block of each stage, after which maps become smaller and wider."""
+        return list(self.encoder.trunk.stage_ends)
 
     def encode(self, images: Tensor) -> list[Tensor]:
         """Return two finer levels and the image embedding of images (B, 3, size, size)."""

@@ -28,10 +28,13 @@ class Segmenter(nn.Module):
         model: The package's model.
         frame: How the model wants its input.
         dim: Channels of the image embedding and of the mask tokens.
+        decodes_embedding_alone: Whether masks depend on the image embedding alone, so that finer
+            levels are not missed.
     """
 
     # Every SAM and SAM2 has a place of the image embedding for 16 by 16 pixels of the input.
     stride = 16
+    decodes_embedding_alone = True
 
     def __init__(self, model: nn.Module, frame: Frame, dim: int) -> None:
         super().__init__()
@@ -46,6 +49,22 @@ class Segmenter(nn.Module):
     def decoder(self) -> nn.Module:
         """The mask decoder."""
         raise NotImplementedError
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks of the image encoder, whose outputs have their channels last."""
+        raise NotImplementedError
+
+    @property
+    def stages(self) -> list[int]:
+        """The blocks whose outputs say most: those of global attention, or the ends of stages."""
+        raise NotImplementedError
+
+    def channels(self, block: int) -> int:
+        """Return the channels of a block's output."""
+        module = self.blocks[block]
+        norm = module.norm2 if hasattr(module, "norm2") else module.layer_norm2
+        return norm.normalized_shape[0]
 
     def encode(self, images: Tensor) -> list[Tensor]:
         """Return what the decoder needs of images (B, 3, size, size), the image embedding last."""

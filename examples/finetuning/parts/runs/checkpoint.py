@@ -108,6 +108,19 @@ def damaged(path: Path, error: Exception) -> InputError:
     return InputError(f"{what}. Use another epoch.")
 
 
+def best_epoch(folder: Path) -> int:
+    """Return the epoch of a run with the best validation IoU so far."""
+    last = latest(folder)
+    if last is None:
+        raise InputError(f"{folder} must hold a run with a checkpoint")
+    return load_state(last)["best"]["epoch"]
+
+
+def best_weights(folder: Path, name: str) -> Path:
+    """Return the file with what the best epoch of a run has of a module."""
+    return epoch_folder(folder, best_epoch(folder)) / f"{name}.safetensors"
+
+
 def load_weights(checkpoint: Path, modules: Modules) -> None:
     """Load weights into modules that are adapted in the same way as those that were saved.
 

@@ -27,7 +27,15 @@ from parts.runs.recorded import FILE, read_recorded
 STUDENT, TEACHER = ("model", "checkpoint"), ("teacher", "teacher_checkpoint")
 # Where something is, which may change as long as the contents do not. With transformers, the name
 # of a model may be that of a folder.
-PLACES = ("data", "images", "masks", "checkpoint", "teacher_checkpoint", "teacher_cache")
+PLACES = (
+    "data",
+    "images",
+    "masks",
+    "checkpoint",
+    "teacher_checkpoint",
+    "teacher_cache",
+    "relation_from",
+)
 # What is not remembered, as it has no influence on the result.
 FORGOTTEN = ("output", "resume", "threads", "workers", "cpu", "log_every")
 LOCK = "run.lock"

@@ -9,7 +9,7 @@ from typing import Any
 
 from parts import files
 from parts.errors import InputError
-from parts.options import METHODS, MODELS, MOST_POINTS
+from parts.options import DISTILLERS, METHODS, MODELS, MOST_POINTS, RELATIONS
 
 FILE = "options.json"
 # The values of options that are younger than some runs.
@@ -19,7 +19,14 @@ LATER: dict[str, Any] = {
     "foreground": [],
     "ignore": [],
     "image_range": None,
-    "no_infosam": False,
+    "distiller": "infosam",
+    "distiller_weight": 1.0,
+    "layers": None,
+    "teacher_layers": None,
+    "relation": "attention-1",
+    "relation_from": None,
+    "freeze_relation": False,
+    "without_regularization": False,
     "teacher": None,
     "teacher_checkpoint": None,
 }
@@ -60,6 +67,12 @@ def or_null(rule: Rule) -> Rule:
 
 TEXT: Rule = ("a text", is_text)
 PLACE = or_null(("a path", is_text))
+TRUTH: Rule = ("true or false", lambda value: isinstance(value, bool))
+NUMBER: Rule = ("a number from 0", lambda value: is_number(value) and value >= 0)
+BLOCKS: Rule = (
+    "a list of whole numbers",
+    lambda value: isinstance(value, list) and all(type(v) is int and v >= 0 for v in value),
+)
 SPANS: Rule = (
     "a list of pairs",
     lambda value: isinstance(value, list) and all(map(is_span, value)),
@@ -89,7 +102,14 @@ RULES: dict[str, Rule] = {
     "eval_prompts": one_of(("boxes", "points")),
     "eval_points": whole(1, MOST_POINTS),
     "alpha": ("a number above 0", lambda value: is_number(value) and value > 0),
-    "no_infosam": ("true or false", lambda value: isinstance(value, bool)),
+    "distiller": one_of([*DISTILLERS]),
+    "distiller_weight": NUMBER,
+    "layers": or_null(BLOCKS),
+    "teacher_layers": or_null(BLOCKS),
+    "relation": one_of(RELATIONS),
+    "relation_from": PLACE,
+    "freeze_relation": TRUTH,
+    "without_regularization": TRUTH,
     "epochs": whole(1),
     "batch_size": whole(1),
     "seed": whole(0, 2**32 - 1),
@@ -111,6 +131,8 @@ def read_recorded(folder: Path) -> dict[str, Any]:
     needed = RULES.keys() - LATER.keys()
     if not isinstance(content, dict) or not content.keys() >= needed:
         raise InputError(f"{path} is damaged, it must have {', '.join(sorted(needed))}")
+    if content.pop("no_infosam", False):  # what an older version called it
+        content["distiller"] = "none"
     content = LATER | content
     rules = RULES.copy()
     if content["package"] in [*MODELS]:

@@ -38,11 +38,8 @@ def load_run(
             that the run started from are not there.
     """
     options = read_options(folder, given)
-    last = checkpoint.latest(folder)
-    if last is None:
-        raise InputError(f"{folder} must hold a run with a checkpoint")
-    if epoch is None:
-        epoch = checkpoint.load_state(last)["best"]["epoch"]
+    best = checkpoint.best_epoch(folder)
+    epoch = best if epoch is None else epoch
     weights = checkpoint.epoch_folder(folder, epoch)
     if epoch and not weights.exists():
         raise InputError(f"{folder} must hold the checkpoint of epoch {epoch}, there is none")

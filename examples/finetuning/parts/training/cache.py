@@ -20,13 +20,14 @@ from parts.models.segmenter import Segmenter
 
 def teacher_encoder(
     teacher: Segmenter, images: list[str], options: argparse.Namespace
-) -> Callable[[Batch], Tensor]:
-    """Return a function from a batch to the teacher's image embeddings: its encoder, or a cache.
+) -> Callable[[Batch], list[Tensor]]:
+    """Return a function from a batch to what the teacher's decoder needs.
 
-    `images` are the digests of the files, in the order of the rows.
+    It is the teacher's encoder, or a cache, which has the image embeddings alone. `images` are the
+    digests of the files, in the order of the rows.
     """
-    if options.teacher_cache is None or options.no_infosam:
-        return lambda batch: teacher.encode(batch.images)[-1]
+    if options.teacher_cache is None or options.distiller == "none":
+        return lambda batch: teacher.encode(batch.images)
     precision, read = options.precision, options.image_range
     name = key(teacher, images, options.cache_dtype, precision, read)
     return CachedEncoder(
@@ -94,11 +95,11 @@ class CachedEncoder:
         self.embeddings = stored.view(count, *self.shape)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Tensor:
-        """Return the image embeddings (B, D, h, w) of a batch, in float32."""
+    def __call__(self, batch: Batch) -> list[Tensor]:
+        """Return a list of the image embeddings (B, D, h, w) of a batch alone, in float32."""
         if not all(self.is_whole(i) for i in batch.index):
             self.write(batch.index, self.teacher.encode(batch.images)[-1])
-        return self.embeddings[batch.index].to(batch.images.device).float()
+        return [self.embeddings[batch.index].to(batch.images.device).float()]
 
     def is_whole(self, i: int) -> bool:
         """Return whether the file holds an embedding; another process may have written it."""

@@ -17,7 +17,6 @@ from parts import files
 from parts.data.tables import Row
 from parts.errors import InputError
 from parts.training.processes import raise_if_any
-from renyi_kd import InfoSAMTerms
 
 COLLAPSED = 0.05  # share of the largest entropy, log2 of the batch size
 TABLES = ("training", "validation")
@@ -64,20 +63,17 @@ class Logbook:
         self.tensorboard = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1)
         self.bar = tqdm(total=options.epochs * batches, initial=step, ncols=80)
 
-    def training(
-        self, index: list[int], structure: Tensor, terms: InfoSAMTerms | None, learning_rate: float
-    ) -> None:
+    def training(self, index: list[int], figures: dict[str, Tensor], learning_rate: float) -> None:
         """Note the figures of a batch, and write their means over every `--log-every` batches.
+
+        Args:
+            index: Rows of the table of images.
+            figures: The losses, the one that trains as `loss`, and what else is worth a column.
+            learning_rate: That of the step.
 
         Raises:
             InputError: If a loss is not finite on any process.
         """
-        # `terms.loss` is that of InfoSAM alone. The table calls it infosam, and the sum that trains
-        # loss.
-        figures = {"structure": structure}
-        if terms is not None:
-            figures |= {"infosam": terms.loss, "loss": structure + terms.loss}
-            figures |= {name: value for name, value in terms._asdict().items() if name != "loss"}
         self.step += 1
         self.recent.append(
             (torch.stack([value.detach().float() for value in figures.values()]), index)
@@ -110,7 +106,7 @@ class Logbook:
         for i, index in enumerate(images):
             wrong = [
                 name
-                for name in ("structure", "infosam", "loss")
+                for name in ("structure", self.options.distiller, "loss")
                 if name in figures and not math.isfinite(figures[name][i])
             ]
             self.skipped = self.skipped + 1 if wrong else 0

@@ -11,12 +11,17 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import nn
 
 from parts.data.batches import loaders
 from parts.data.check import Report, read_data
 from parts.data.prompts import draw_prompts
 from parts.data.reading import reading_of
 from parts.data.tables import Splits
+from parts.distillers.base import Distiller
+from parts.distillers.choice import build_distiller, compared_layers
+from parts.distillers.collecting import Collector
+from parts.distillers.infosam import InfoSAM
 from parts.errors import InputError
 from parts.evaluation.scores import evaluate
 from parts.models.adaptation import adapt
@@ -29,7 +34,6 @@ from parts.training.cache import teacher_encoder
 from parts.training.logbook import Logbook, check_tables
 from parts.training.loss import structure_loss
 from parts.training.processes import accelerate, from_main_process
-from renyi_kd import FeatureCollector, InfoSAMDistiller
 
 
 def train(options: argparse.Namespace) -> None:
@@ -52,13 +56,7 @@ def train(options: argparse.Namespace) -> None:
         )
     teacher, student = teacher_and_student(options)
     print(adapt(student, options.method, rank=options.rank, targets=options.targets))
-    distiller = InfoSAMDistiller(
-        student.dim,
-        alpha=options.alpha,
-        compression_weight=options.compression_weight,
-        distillation_weight=options.distillation_weight,
-        process_group=torch.distributed.group.WORLD,  # None on one process
-    )
+    distiller = build_distiller(options, teacher, student)
     with ExitStack() as stack:
         last = from_main_process(lambda asked: stack.enter_context(running(asked)), options)
         fit(accelerator, splits, report, teacher, student, distiller, last, options)
@@ -73,17 +71,19 @@ def fit(
     report: Report,
     teacher: Segmenter,
     student: Segmenter,
-    distiller: InfoSAMDistiller,
+    distiller: Distiller | InfoSAM | None,
     last: Path | None,
     options: argparse.Namespace,
 ) -> None:
     """Train the student and the distiller, from the beginning or from the last checkpoint."""
     teacher.to(accelerator.device)
-    distiller.to(accelerator.device)
     with accelerator.main_process_first():
         images = [image for image, _ in report.digests["train"]]
         encode = teacher_encoder(teacher, images, options)
-    modules = {"student": student, "distiller": distiller}
+    teacher_layers, student_layers = compared_layers(options, teacher, student)
+    modules: dict[str, nn.Module] = {"student": student}
+    if distiller is not None:
+        modules["distiller"] = distiller.to(accelerator.device)
     weights = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=options.lr)
     order = torch.Generator()
@@ -97,9 +97,12 @@ def fit(
         return 0.55 + 0.45 * math.cos(math.pi * step / (options.epochs * epoch_steps))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
-    # The distiller is not among them, as it averages its gradients over the processes by itself.
     # `trained` may be a wrapper around the student; what is evaluated and saved is the student.
     trained, optimizer, train, val, test = accelerator.prepare(student, optimizer, train, val, test)
+    compare = distiller
+    if learns(distiller) and not isinstance(distiller, InfoSAM):
+        # The distiller of the library averages its gradients over the processes by itself.
+        compare = accelerator.prepare(distiller)
 
     others = {"optimizer": optimizer, "schedule": schedule}
     if accelerator.scaler is not None:
@@ -130,28 +133,37 @@ def fit(
         order.manual_seed(seed)
         trained.train()
         began = time.perf_counter()
-        with FeatureCollector(teacher) as from_teacher, FeatureCollector(student) as from_student:
+        with (
+            Collector(teacher, teacher_layers) as from_teacher,
+            Collector(student, student_layers) as from_student,
+        ):
             for batch in train:
-                with accelerator.accumulate(trained):
+                with accelerator.accumulate(*(m for m in (trained, compare) if m is not None)):
                     prompts = draw_prompts(options.prompts, options.points, batch)
                     with accelerator.autocast():
                         logits = trained(batch.images, prompts)
-                        structure = structure_loss(
+                        loss = structure_loss(
                             logits, batch.masks, batch.valid, legacy=options.legacy_loss
                         )
-                        loss, terms, features = structure, None, from_student.pop()
-                        if not options.no_infosam:
+                        figures = {"structure": loss}
+                        student_pass = from_student.pop(logits)
+                        if distiller is not None:
                             with torch.no_grad():
-                                embedding = encode(batch)
-                                teacher.decode([embedding], prompts)
-                            terms = distiller.terms(from_teacher.pop(embedding), features)
-                            loss = structure + terms.loss
+                                levels = encode(batch)
+                                teacher_logits = teacher.decode(levels, prompts)
+                            teacher_pass = from_teacher.pop(teacher_logits, levels[-1])
+                    if distiller is not None:
+                        # Outside of autocast, as statistics of a batch need all their digits.
+                        distance = compare(teacher_pass, student_pass, batch.masks)
+                        loss = loss + options.distiller_weight * distance
+                        figures |= {options.distiller: distance, "loss": loss}
+                        figures |= distiller.figures()
                     accelerator.backward(loss)
                     optimizer.step()
                     optimizer.zero_grad()
                     if accelerator.sync_gradients:
                         schedule.step()
-                log.training(batch.index, structure, terms, schedule.get_last_lr()[0])
+                log.training(batch.index, figures, schedule.get_last_lr()[0])
         seconds = (time.perf_counter() - began) / len(train)
 
         finite = checkpoint.trained_weights(epoch, modules)
@@ -166,3 +178,8 @@ def fit(
     checkpoint.load_weights(checkpoint.epoch_folder(options.output, best["epoch"]), modules)
     log.result(best, evaluate(student, test, options.eval_prompts, options.eval_points))
     log.close()
+
+
+def learns(module: nn.Module | None) -> bool:
+    """Return whether there is a module, and anything of it trains."""
+    return module is not None and any(p.requires_grad for p in module.parameters())

@@ -37,7 +37,7 @@ def accelerate(options: argparse.Namespace) -> Accelerator:
     batch = options.batch_size * options.processes
     if options.precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("--precision fp16 needs a GPU, on a CPU use bf16")
-    if options.no_infosam:
+    if options.distiller != "infosam":
         return accelerator
     if batch < 2:
         raise InputError(
