@@ -118,6 +118,23 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def stop_and_resume(family: str, data: Path, output: Path, options: list[object]) -> None:
+    """Train, but stop after the first epoch and go on from its checkpoint."""
+    checkpoint = importlib.import_module("parts.runs.checkpoint")
+    save = checkpoint.save
+
+    def save_and_stop(*args) -> None:
+        save(*args)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(family, data, output, *options)
+    torch.manual_seed(99)  # nothing of this process is to be needed
+    run(family, data, output, *options, "--resume")
+
+
 def assert_same_run(one: Path, other: Path, epoch: str) -> None:
     """Assert the same weights bit for bit, the same figures and the same result."""
     expected, found = weights(one / epoch), weights(other / epoch)

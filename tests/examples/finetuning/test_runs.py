@@ -23,6 +23,7 @@ from finetuning_runs import (
     outcome,
     rows,
     run,
+    stop_and_resume,
     training_options,
     weights,
 )
@@ -135,22 +136,6 @@ def test_killed_and_resumed(failure: str, uninterrupted: Path, data: Path, tmp_p
     assert_same_run(uninterrupted, output, "epoch-003")
     assert_tensorboard_has_the_tables(output)
     assert not list(output.glob("*.unfinished"))
-
-
-def stop_and_resume(family: str, data: Path, output: Path, options: list[object]) -> None:
-    """Train, but stop after the first epoch and go on from its checkpoint."""
-    save = checkpoint.save
-
-    def save_and_stop(*args) -> None:
-        save(*args)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(family, data, output, *options)
-    torch.manual_seed(99)  # nothing of this process is to be needed
-    run(family, data, output, *options, "--resume")
 
 
 def test_resumed_run_is_the_uninterrupted_one(trained, data: Path, tmp_path: Path) -> None:
