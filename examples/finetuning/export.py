@@ -30,14 +30,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     with plain_errors():
         from parts.files import refuse_existing
+        from parts.models.adaptation import NOT_MERGED
         from parts.runs.trained import export, load_run
 
         refuse_existing([arguments.path])
         student, options = load_run(arguments.run, arguments.epoch, arguments)
         export(student, options, arguments.path)
     print(f"{options.model} with {options.method}: {arguments.path}")
-    if options.method == "adapter":
-        print("It has adapters: load it with load_adapters(model, path) of parts/runs/trained.py.")
+    if options.method in NOT_MERGED:
+        call = f'load_adapters(model, Path("{arguments.path}"), method="{options.method}")'
+        print(f"It has layers of its own: load it with {call} of parts/runs/trained.py.")
     elif options.model != "tiny":
         print(f"Next: {LOADING[options.package].format(options.model, arguments.path)}")
     print("Its single mask was trained: call the predictor with multimask_output=False.")

@@ -15,7 +15,10 @@ from typing import Any
 
 SPLITS = ("train", "val", "test")
 TEST_TABLE = "test.csv"
-METHODS = ("lora", "lora-heads", "adapter", "bitfit", "decoder")
+METHODS = (
+    *("lora", "lora-heads", "adapter", "adaptformer", "conv-lora"),
+    *("su-sam-series", "su-sam-parallel", "su-sam-mixed", "su-sam-lora", "bitfit", "decoder"),
+)
 # Each with the weight of its loss, see docs/compared-systems.md.
 DISTILLERS = {
     "infosam": 1.0,

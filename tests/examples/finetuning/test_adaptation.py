@@ -1,17 +1,20 @@
 """What fine-tuning adds to the models, and what trains."""
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
-from finetuning_runs import BUILDS, build, combinations
+from finetuning_runs import BUILDS, IMPOSSIBLE, build, build_once, combinations
 from torch import Tensor, nn
 
 from parts.data.prompts import Prompts
-from parts.models import huggingface
+from parts.errors import InputError
+from parts.models import huggingface, sam
 from parts.models.adaptation import adapt, load_trainable_state, trainable_state
-from parts.models.methods.adapters import add_adapters
+from parts.models.methods.adapters import PLACES, Adapter
+from parts.models.methods.convlora import ConvLoRA, load_loss
 from parts.options import METHODS
 from parts.runs.trained import merge_lora
 
@@ -22,27 +25,41 @@ def intended(method: str, encoder: nn.Module) -> set[str]:
     """What should train of an encoder, by the names of its layers before they are adapted."""
     layers = [name for name, _ in encoder.named_modules()]
     qkv = [name for name in layers if name.endswith(".qkv")]
-    behind = [f"{name}.adapter" for name in layers if name.endswith((".attn", ".mlp"))]
+    attentions = [name for name in layers if name.endswith(".attn")]
+    blocks = [name.removesuffix(".attn") for name in attentions]
+    parts = {f"{name}.parts.{factor}" for name in qkv for factor in ("down", "up")}
+    bottleneck = [f"{factor}.{part}" for factor in ("down", "up") for part in ("weight", "bias")]
+    convolutional = ["down.weight", "up.weight", "gate", "noise"]
+    convolutional += [f"experts.{k}.{part}" for k in range(8) for part in ("weight", "bias")]
+    at_both = {
+        f"{block}.{layer}.adapter.{part}"
+        for block in blocks
+        for layer in ("attn", "mlp")
+        for part in bottleneck
+    }
     return {
         "lora": {f"{name}.lora_{factor}.default.weight" for name in qkv for factor in "AB"},
-        "lora-heads": {f"{name}.heads.{factor}" for name in qkv for factor in ("down", "up")},
-        "adapter": {
-            f"{name}.{layer}.{part}"
-            for name in behind
-            for layer in ("down", "up")
-            for part in ("weight", "bias")
-        },
+        "lora-heads": parts,
+        "su-sam-lora": parts,
+        "conv-lora": {f"{name}.conv_lora.{part}" for name in qkv for part in convolutional},
+        "adaptformer": {f"{block}.adapter.{part}" for block in blocks for part in bottleneck},
+        **dict.fromkeys(PLACES, at_both),
         "bitfit": {name for name, _ in encoder.named_parameters() if name.endswith(".bias")},
         "decoder": set(),
     }[method]
 
 
-def first_or_adapter(family: str, method: str) -> bool:
-    """Adapters are where the packages differ: their attention returns a tensor, or a tuple."""
-    return family == "sam" or method == "adapter"
+def first_or_mixed(family: str, method: str) -> bool:
+    """Adapters are where the packages differ: their attention returns a tensor, or a tuple.
+
+    A mixed one is behind the attention and beside the MLP; beside the attention there may be one in
+    transformers' SAM, which calls it by the name of its argument.
+    """
+    beside_attention = (family, method) == ("transformers-sam", "su-sam-parallel")
+    return family == "sam" or method == "su-sam-mixed" or beside_attention
 
 
-@pytest.mark.parametrize(("family", "method"), combinations(METHODS, first_or_adapter))
+@pytest.mark.parametrize(("family", "method"), combinations(METHODS, first_or_mixed))
 @torch.no_grad()
 def test_adaptation(family: str, method: str, inputs) -> None:
     image, box, point, label = (part[:1] for part in inputs)
@@ -85,20 +102,24 @@ def test_adaptation(family: str, method: str, inputs) -> None:
     assert torch.equal(masks(teacher), before)
 
 
+def first_blocks(family: str, methods: Iterable[str], rank: int) -> dict[str, nn.Module]:
+    """The first block of an encoder by method, in float64, with random values where it trains."""
+    blocks = {}
+    for method in methods:
+        student = build(family)
+        adapt(student, method, rank=rank, targets=["qkv"])
+        encoder = student.encoder.double().eval()
+        for parameter in (p for p in encoder.parameters() if p.requires_grad):
+            torch.nn.init.normal_(parameter)
+        blocks[method] = next(m for m in encoder.modules() if hasattr(m, "attn"))
+    return blocks
+
+
 @pytest.mark.parametrize("family", BUILDS)
 @torch.no_grad()
-def test_added_layers_follow_their_formulas(family: str) -> None:
-    rank, students = 3, {}
-    for method in METHODS:
-        students[method] = build(family)
-        adapt(students[method], method, rank=rank, targets=["qkv"])
-    encoders = {method: student.encoder.double() for method, student in students.items()}
-    for parameter in (p for e in encoders.values() for p in e.parameters() if p.requires_grad):
-        parameter.normal_()
-    blocks = {
-        method: next(m for m in encoder.modules() if hasattr(m, "attn"))
-        for method, encoder in encoders.items()
-    }
+def test_added_factors_follow_their_formulas(family: str) -> None:
+    rank = 3
+    blocks = first_blocks(family, ["lora", "lora-heads", "su-sam-lora", "decoder"], rank)
     plain = blocks["decoder"]
     x = torch.randn(2, 8, 8, plain.attn.qkv.in_features, dtype=torch.float64)
     width = plain.attn.qkv.out_features // 3
@@ -111,18 +132,182 @@ def test_added_layers_follow_their_formulas(family: str) -> None:
     # Query, key and value of each head, each with its own pair of factors.
     lora = blocks["lora-heads"].attn.qkv
     count = getattr(plain.attn, "num_heads", None) or plain.attn.num_attention_heads
-    assert lora.heads.down.shape == (3 * count, rank, x.shape[-1])
-    assert lora.heads.up.shape == (3 * count, width // count, rank)
-    pairs = zip(lora.heads.down, lora.heads.up, strict=True)
+    assert lora.parts.down.shape == (3 * count, rank, x.shape[-1])
+    assert lora.parts.up.shape == (3 * count, width // count, rank)
+    pairs = zip(lora.parts.down, lora.parts.up, strict=True)
     added = torch.cat([x @ down.T @ up.T for down, up in pairs], dim=-1)
     torch.testing.assert_close(lora(x), plain.attn.qkv(x) + added)
 
-    adapter = blocks["adapter"].mlp.adapter
-    x = torch.randn(2, 8, 8, adapter.down.in_features, dtype=torch.float64)
-    assert adapter.down.out_features == x.shape[-1] // 4
-    before = plain.mlp(x)
-    after = before + adapter.up(nn.GELU()(adapter.down(before)))
-    torch.testing.assert_close(blocks["adapter"].mlp(x), after)
+    # Query and value, each of all heads.
+    lora = blocks["su-sam-lora"].attn.qkv
+    assert lora.parts.down.shape == (2, rank, x.shape[-1])
+    assert lora.parts.up.shape == (2, width, rank)
+    query, value = (x @ d.T @ u.T for d, u in zip(lora.parts.down, lora.parts.up, strict=True))
+    added = torch.cat([query, torch.zeros_like(query), value], dim=-1)
+    torch.testing.assert_close(lora(x), plain.attn.qkv(x) + added)
+
+
+@pytest.mark.parametrize("family", BUILDS)
+@torch.no_grad()
+def test_blocks_with_adapters_follow_their_formulas(family: str) -> None:
+    methods = [*PLACES, "adaptformer"]
+    methods = [method for method in methods if (family, method) not in IMPOSSIBLE]
+    blocks = first_blocks(family, ["decoder", *methods], rank=1)
+    plain = blocks["decoder"]
+    norm1, norm2 = (m for m in plain.children() if isinstance(m, nn.LayerNorm))
+    # There is padding in windows of 7, 8 or 14 places.
+    x = torch.randn(2, 10, 10, *norm1.normalized_shape, dtype=torch.float64)
+    before_mlp = []
+    with norm2.register_forward_pre_hook(lambda _, inputs: before_mlp.append(inputs[0])):
+        plain(x)
+    attention = before_mlp[0] - x
+
+    def a(adapter: nn.Module, x: Tensor, activation: nn.Module, width: int) -> Tensor:
+        assert adapter.down.weight.shape == (width, x.shape[-1])
+        narrow = activation(x @ adapter.down.weight.T + adapter.down.bias)
+        return narrow @ adapter.up.weight.T + adapter.up.bias
+
+    for method in methods:
+        block, quarter = blocks[method], x.shape[-1] // 4
+
+        def at(name: str, x: Tensor, block=block, width=quarter) -> Tensor:
+            return a(block.get_submodule(f"{name}.adapter"), x, nn.GELU(), width)
+
+        if method == "adaptformer":
+            u = x + attention
+            expected = u + plain.mlp(norm2(u)) + 0.1 * a(block.adapter, u, nn.ReLU(), 64)
+        else:
+            parallel = method == "su-sam-parallel"
+            beside = 0.5 * at("attn", norm1(x)) if parallel else at("attn", attention)
+            u = x + attention + beside
+            n, scale = norm2(u), 1 if method == "adapter" else 0.5
+            series = method in ("adapter", "su-sam-series")
+            v = plain.mlp(n)
+            expected = u + v + scale * at("mlp", v if series else n)
+        torch.testing.assert_close(block(x), expected, msg=method)
+
+
+def conv_lora_by_hand(layer: nn.Module, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output and load loss map by map, from the formulas."""
+    h = (x @ layer.down.weight.T).permute(0, 3, 1, 2)
+    g = h.mean((2, 3))
+    clean, seen = g @ layer.gate, []
+    deviation = torch.log1p(torch.exp(g @ layer.noise)) + 0.01
+    logits = clean if noise is None else clean + noise * deviation
+    importance, load = torch.zeros(2, 8, dtype=x.dtype)
+    for one, row, center, spread in zip(h, logits, clean, deviation, strict=True):
+        chosen = int(row.argmax())
+        importance[chosen] += 1
+        for k in range(8):
+            others = torch.cat([row[:k], row[k + 1 :]]).max()
+            load[k] += 0.5 * (1 + torch.erf((center[k] - others) / spread[k] / 2**0.5))
+        larger = nn.Upsample(scale_factor=chosen + 1, mode="bicubic")
+        back = nn.Upsample(size=one.shape[1:], mode="bicubic")
+        seen.append(back(nn.GELU()(layer.experts[chosen](larger(one[None])))))
+    output = (h + torch.cat(seen)).permute(0, 2, 3, 1) @ layer.up.weight.T
+    loads = importance, importance if noise is None else load
+    return output, sum(0.01 * v.var() / (v.mean() ** 2 + 1e-10) for v in loads)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("family", BUILDS)
+@torch.no_grad()
+def test_conv_lora_follows_its_formula(family: str, training: bool, monkeypatch) -> None:
+    blocks = first_blocks(family, ["conv-lora", "decoder"], rank=3)
+    qkv, plain = blocks["conv-lora"].attn.qkv, blocks["decoder"].attn.qkv
+    x = torch.randn(12, 6, 9, plain.in_features, dtype=torch.float64)
+    noise = torch.randn(12, 8, dtype=torch.float64)
+    monkeypatch.setattr(torch, "randn_like", lambda like: noise)
+    added, loss = conv_lora_by_hand(qkv.conv_lora, x, noise if training else None)
+    torch.testing.assert_close(qkv.train(training)(x), plain(x) + added)
+    torch.testing.assert_close(qkv.conv_lora.load_loss, loss)
+
+
+def test_the_load_loss_trains_the_gates(inputs) -> None:
+    student = build("sam")
+    assert load_loss(student) is None
+    adapt(student, "conv-lora", targets=["qkv"])
+    assert load_loss(student) is None
+    layers = [m for m in student.modules() if isinstance(m, ConvLoRA)]
+    for layer in layers:
+        torch.nn.init.normal_(layer.up.weight, std=0.1)
+    images, boxes, *_ = inputs
+    student.train()(images, Prompts(boxes)).mean().backward(retain_graph=True)
+    assert all(layer.gate.grad is None and layer.noise.grad is None for layer in layers)
+    loss = load_loss(student)
+    torch.testing.assert_close(loss, sum(layer.load_loss for layer in layers))
+    loss.backward()
+    # Those of experts without a map as well, for DistributedDataParallel.
+    assert all(p.grad is not None for p in student.encoder.parameters() if p.requires_grad)
+    assert all(layer.gate.grad.any() for layer in layers)
+    # It is no part of a copy, which could not have its graph.
+    assert load_loss(copy.deepcopy(student)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_conv_lora_in_half_precision(dtype: torch.dtype) -> None:
+    layer = nn.Linear(8, 12)
+    add = ConvLoRA(layer, 4)
+    torch.nn.init.normal_(add.up.weight)
+    x = 30 * torch.randn(6, 5, 5, 8)  # exp of it would overflow
+    exact, loss = add.eval()(x), add.load_loss
+    with torch.autocast("cpu", dtype):
+        rounded = add(x)
+    assert rounded.dtype == dtype
+    error = (rounded - exact).abs().max() / exact.abs().max()
+    assert error < 10 * torch.finfo(dtype).eps
+    assert add.load_loss.dtype == torch.float32
+    assert add.load_loss == loss
+
+
+def test_dropout_of_adaptformer(inputs) -> None:
+    student = build("sam")
+    adapt(student, "adaptformer", targets=["qkv"])
+    adapter = next(m for m in student.encoder.modules() if isinstance(m, Adapter))
+    assert not adapter.down.bias.any()
+    torch.nn.init.eye_(adapter.up.weight)
+    torch.nn.init.zeros_(adapter.down.weight)
+    torch.nn.init.ones_(adapter.down.bias)
+    x = torch.zeros(10_000, adapter.down.in_features)
+    torch.testing.assert_close(adapter.eval()(x)[:, :64], torch.full((10_000, 64), 0.1))
+    kept, counts = adapter.train()(x)[:, :64].unique(return_counts=True)
+    torch.testing.assert_close(kept, torch.tensor([0, 0.1 / 0.9]))
+    assert counts[0] / counts.sum() == pytest.approx(0.1, abs=0.002)
+    # A model that has just trained can be copied.
+    student.train()(inputs[0], Prompts(inputs[1])).mean().backward()
+    copy.deepcopy(student)
+
+
+@pytest.mark.parametrize("family", sorted(family for family, _ in IMPOSSIBLE))
+def test_methods_that_a_model_is_not_made_for(family: str) -> None:
+    student = build(family)
+    with pytest.raises(InputError, match=r"--method su-sam-parallel .* su-sam-series and su-sam-m"):
+        adapt(student, "su-sam-parallel", targets=["qkv"])
+    assert student.state_dict().keys() == build_once(family).state_dict().keys()
+
+
+# What each adds to the 768 channels of the 12 blocks of ViT-B, with rank 4.
+BOTTLENECK = 768 * 192 + 192 + 192 * 768 + 768
+ADDED = {
+    "lora": 12 * 4 * (768 + 2304),
+    "lora-heads": 12 * 36 * 4 * (768 + 64),
+    "su-sam-lora": 12 * 2 * 4 * (768 + 768),
+    "conv-lora": 12 * 13_536,
+    "adaptformer": 1_189_632,
+    **dict.fromkeys(PLACES, 12 * 2 * BOTTLENECK),
+}
+
+
+def test_numbers_of_what_trains_in_vit_b() -> None:
+    with torch.device("meta"):
+        official = sam.build("vit_b", None)
+    for method in METHODS:
+        student = copy.deepcopy(official)
+        adapt(student, method, targets=["qkv"])
+        assert {p.device.type for p in student.parameters()} == {"meta"}
+        trains = sum(p.numel() for p in student.encoder.parameters() if p.requires_grad)
+        biases = sum(p.numel() for n, p in official.encoder.named_parameters() if n[-4:] == "bias")
+        assert trains == {**ADDED, "bitfit": biases, "decoder": 0}[method], method
 
 
 @pytest.mark.parametrize("family", BUILDS)
@@ -157,18 +342,13 @@ def test_logits_are_those_of_transformers(family: str, inputs) -> None:
         torch.testing.assert_close(model(images, prompts), output.pred_masks[:, 0, 0])
 
 
+@pytest.mark.parametrize("method", ["lora", "su-sam-lora"])
 @pytest.mark.parametrize("family", ["sam", "sam2"])
-def test_merged_state_is_official(family: str) -> None:
+def test_merged_state_is_official(family: str, method: str) -> None:
     student, official = build(family), build(family).state_dict()
-    adapt(student, "lora", targets=["qkv", "proj"])  # there is a convolution of the latter name
+    adapt(student, method, targets=["qkv", "proj"])  # there is a convolution of the latter name
     merge_lora(student)
     assert student.state_dict().keys() == official.keys()
-
-
-def test_adapters_are_where_the_model_is() -> None:
-    encoder = build("sam").encoder.to("meta")
-    assert add_adapters(encoder) > 0
-    assert {p.device.type for p in encoder.parameters()} == {"meta"}
 
 
 def test_half_precision_folder_trains_in_float32(tmp_path: Path) -> None:

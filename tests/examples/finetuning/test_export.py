@@ -3,12 +3,13 @@
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from finetuning_runs import FINETUNING, combinations, run
+from finetuning_runs import BUILDS, FINETUNING, build, combinations, run
 from PIL import Image
 from safetensors.torch import load_file
 from sam2.build_sam import build_sam2
@@ -26,7 +27,9 @@ from transformers import (
 import export
 from parts.data.frame import Frame
 from parts.data.prompts import Prompts
+from parts.errors import InputError
 from parts.models import huggingface, sam2
+from parts.models.adaptation import NOT_MERGED, adapt
 from parts.models.tiny_sam import build_tiny_sam
 from parts.options import METHODS
 from parts.runs.trained import export as export_student
@@ -43,20 +46,19 @@ def image(data: Path) -> np.ndarray:
 
 def official(family: str, path: Path, method: str) -> torch.nn.Module:
     """The model as its package loads it, from what was exported."""
-    adapters = method == "adapter"
+    merged = method not in NOT_MERGED
     if family == "sam":
         # As sam_model_registry does, which has no entry of this size.
         model = build_tiny_sam()
-        return load_adapters(model, path) if adapters else load_state(model, path)
+        return load_state(model, path) if merged else load_adapters(model, path, method=method)
     if family == "sam2":
-        return build_or_adapt(path, adapters, sam2.TINY)
+        return build_or_adapt(path, method, sam2.TINY)
     kind = SamModel if family == "transformers-sam" else Sam2Model
-    if adapters:
-        build = huggingface.tiny_sam if kind is SamModel else huggingface.tiny_sam2
-        model = load_adapters(build(), path)
-    else:
-        model = kind.from_pretrained(path).eval()
-    if kind is Sam2Model and adapters:
+    if merged:
+        return kind.from_pretrained(path).eval()
+    build = huggingface.tiny_sam if kind is SamModel else huggingface.tiny_sam2
+    model = load_adapters(build(), path, method=method)
+    if kind is Sam2Model:
         model.mask_decoder.dynamic_multimask_via_stability = False
     return model
 
@@ -66,11 +68,11 @@ def load_state(model: torch.nn.Module, path: Path) -> torch.nn.Module:
     return model.eval()
 
 
-def build_or_adapt(path: Path, adapters: bool, overrides: list[str]) -> torch.nn.Module:
+def build_or_adapt(path: Path, method: str, overrides: list[str]) -> torch.nn.Module:
     arguments = {"device": "cpu", "apply_postprocessing": False, "hydra_overrides_extra": overrides}
     config = "configs/sam2.1/sam2.1_hiera_t.yaml"
-    if adapters:
-        return load_adapters(build_sam2(config, **arguments), path)
+    if method in NOT_MERGED:
+        return load_adapters(build_sam2(config, **arguments), path, method=method)
     return build_sam2(config, str(path), **arguments)
 
 
@@ -137,8 +139,46 @@ def test_exports_replace_nothing_and_make_folders(trained, tmp_path: Path, capsy
 
 def test_adapters_are_loaded_by_what_is_named(trained, tmp_path: Path, capsys) -> None:
     export.main([str(trained("sam2", "adapter")), str(tmp_path / "adapters.pt")])
-    (file,) = re.findall(r"parts/\S+\.py", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    (file,) = re.findall(r"parts/\S+\.py", said)
     assert "def load_adapters(" in (FINETUNING / file).read_text()
+    assert f'load_adapters(model, Path("{tmp_path}/adapters.pt"), method="adapter")' in said
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("conv-lora", "must hold a model of this size with conv-lora, got .*adapter"),
+        ("adaptformer", "must hold a model of this size with adaptformer, got .*adapter"),
+        ("lora", "method must be one of adapter, .* got lora. The others are merged"),
+    ],
+)
+def test_adapters_of_another_method(method: str, message: str, tmp_path: Path) -> None:
+    student = build("sam")
+    adapt(student, "adapter", targets=["qkv"])
+    torch.save(student.model.state_dict(), tmp_path / "adapters.pth")
+    with pytest.raises(InputError, match=message):
+        load_adapters(build_tiny_sam(), tmp_path / "adapters.pth", method=method)
+
+
+@pytest.mark.parametrize("family", ["sam", "transformers-sam"])
+@pytest.mark.parametrize("method", NOT_MERGED)
+@torch.no_grad()
+def test_what_is_not_merged_is_loaded(family: str, method: str, inputs, tmp_path: Path) -> None:
+    student = build(family)
+    adapt(student, method, rank=2, targets=["qkv"])
+    for parameter in student.encoder.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    package, name, *_ = BUILDS[family]
+    export_student(student, Namespace(package=package, model=name), tmp_path / "exported")
+    loaded = build(family)
+    load_adapters(loaded.model, tmp_path / "exported", method=method)
+    images, boxes, *_ = inputs
+    before = build(family)(images, Prompts(boxes))
+    expected = student.eval()(images, Prompts(boxes))
+    assert torch.equal(loaded(images, Prompts(boxes)), expected)
+    assert not torch.equal(before, expected)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +277,7 @@ def test_an_export_has_the_processor_of_its_model(folders, data: Path, tmp_path:
     SamModel.from_pretrained(tmp_path / "exported")
 
 
-@pytest.mark.parametrize("method", ["lora", "adapter"])
+@pytest.mark.parametrize("method", ["lora", "adapter", "conv-lora"])
 def test_an_export_has_the_parts_for_videos(
     method: str, folders, data: Path, image: np.ndarray, tmp_path: Path
 ) -> None:
@@ -245,7 +285,7 @@ def test_an_export_has_the_parts_for_videos(
     export.main([str(run), str(tmp_path / "exported")])
     before = load_file(folders / "video" / "model.safetensors")
     after = load_file(tmp_path / "exported" / "model.safetensors")
-    assert before.keys() == {key for key in after if "adapter" not in key}
+    assert before.keys() == {key for key in after if not re.search(r"adapter|conv_lora", key)}
     memory = [key for key in before if key.startswith("memory_")]
     assert memory
     assert all(torch.equal(before[key], after[key]) for key in memory)

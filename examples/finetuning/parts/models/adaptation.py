@@ -8,10 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from parts.errors import InputError
-from parts.models.methods.adapters import add_adapters
+from parts.models.methods.adapters import PLACES, add_adapters, add_adaptformer
 from parts.models.methods.biases import free_biases
-from parts.models.methods.lora import add_head_lora, add_lora
+from parts.models.methods.convlora import add_conv_lora
+from parts.models.methods.lora import add_lora, add_part_lora
 from parts.models.segmenter import Segmenter
+
+# What these add is no change of weights, so that it stays beside those of the model.
+NOT_MERGED = (*PLACES, "adaptformer", "conv-lora")
 
 
 def adapt(student: Segmenter, method: str, *, rank: int = 4, targets: list[str]) -> str:
@@ -23,25 +27,18 @@ def adapt(student: Segmenter, method: str, *, rank: int = 4, targets: list[str])
     Args:
         student: The model with its pre-trained weights, changed in place.
         method: One of `METHODS` of the options.
-        rank: Rank of LoRA; its alpha is the same.
-        targets: Names of the layers that get LoRA. `["qkv"]` is every attention of SAM and SAM2.
+        rank: Rank of every kind of LoRA; its alpha is the same.
+        targets: Names of the layers that `lora` adapts. `["qkv"]` is every attention of SAM and
+            SAM2, as with the other kinds of LoRA.
 
     Returns:
         A report of what trains.
 
     Raises:
-        InputError: If the method finds nothing to train in the encoder.
+        InputError: If the method finds nothing to train in the encoder, or is not made for it.
     """
     student.requires_grad_(False)
-    add = {
-        "lora": partial(add_lora, rank=rank, targets=targets),
-        "lora-heads": partial(add_head_lora, rank=rank),
-        "adapter": add_adapters,
-        "bitfit": free_biases,
-        "decoder": lambda encoder: None,
-    }[method]
-    matched = add(student.encoder)
-    if matched == 0:
+    if add_method(student.encoder, method, rank, targets) == 0:
         layers = student.encoder.named_modules()
         linear = sorted({n.split(".")[-1] for n, layer in layers if isinstance(layer, nn.Linear)})
         raise InputError(
@@ -53,6 +50,24 @@ def adapt(student: Segmenter, method: str, *, rank: int = 4, targets: list[str])
         if name in ("iou_prediction_head", "pred_obj_score_head"):
             module.requires_grad_(False)
     return report(student)
+
+
+def add_method(encoder: nn.Module, method: str, rank: int, targets: list[str]) -> int | None:
+    """Add to an image encoder what a method adds; return to how many layers, if it adds any.
+
+    The arguments are those of `adapt`.
+    """
+    add = {
+        "lora": partial(add_lora, rank=rank, targets=targets),
+        "lora-heads": partial(add_part_lora, rank=rank, heads=True),
+        "su-sam-lora": partial(add_part_lora, rank=rank, heads=False),
+        "conv-lora": partial(add_conv_lora, rank=rank),
+        "adaptformer": add_adaptformer,
+        "bitfit": free_biases,
+        "decoder": lambda encoder: None,
+    }
+    add |= {name: partial(add_adapters, method=name) for name in PLACES}
+    return add[method](encoder)
 
 
 def report(student: nn.Module) -> str:

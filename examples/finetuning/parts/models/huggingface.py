@@ -24,7 +24,6 @@ from transformers import (
 from parts.data.frame import Frame
 from parts.data.prompts import Prompts
 from parts.errors import InputError, first_line
-from parts.models.methods.adapters import Adapter, add_adapters
 from parts.models.segmenter import Segmenter, check_finite
 from parts.options import SMALL_TRANSFORMERS
 
@@ -195,8 +194,7 @@ def with_video_parts(model: Sam2Model, origin: Path) -> Sam2VideoModel:
     video = pretrained(Sam2VideoModel, origin)
     video.mask_decoder.dynamic_multimask_via_stability = False
     video.config.mask_decoder_config.dynamic_multimask_via_stability = False
-    if any(isinstance(module, Adapter) for module in model.modules()):
-        add_adapters(video.vision_encoder)
+    video.vision_encoder = model.vision_encoder  # with whatever a method has added to it
     video.load_state_dict(video.state_dict() | model.state_dict())
     return video
 

@@ -14,9 +14,8 @@ from torch import nn
 
 from parts.errors import InputError
 from parts.files import appearing
-from parts.models.adaptation import adapt
-from parts.models.methods.adapters import add_adapters
-from parts.models.methods.lora import HeadLoRA
+from parts.models.adaptation import NOT_MERGED, adapt, add_method, shapes
+from parts.models.methods.lora import PartLoRA
 from parts.models.segmenter import Segmenter, build, check_finite, check_teacher
 from parts.runs import checkpoint
 from parts.runs.folder import STUDENT, TEACHER, check_weights, read_options
@@ -81,10 +80,10 @@ def merge_lora(model: nn.Module) -> None:
         if isinstance(layer, LoraLayer):
             layer.merge(safe_merge=True)
             model.set_submodule(name, layer.get_base_layer())
-        elif isinstance(layer, HeadLoRA):
-            qkv = model.get_submodule(name.removesuffix(".heads"))
+        elif isinstance(layer, PartLoRA):
+            qkv = model.get_submodule(name.removesuffix(".parts"))
             qkv.weight.data += layer.weight()
-            del qkv.heads
+            del qkv.parts
 
 
 def export(student: Segmenter, options: argparse.Namespace, path: Path) -> None:
@@ -94,8 +93,8 @@ def export(student: Segmenter, options: argparse.Namespace, path: Path) -> None:
         student: The student, from `load_run`.
         options: The options of its run, from `load_run`.
         path: A file that `sam_model_registry` or `build_sam2` loads, or a folder that
-            `from_pretrained` loads. A student with adapters has another architecture; what is
-            written of it is loaded by `load_adapters`.
+            `from_pretrained` loads. A student of a method that is not merged has another
+            architecture; what is written of it is loaded by `load_adapters`.
 
     Raises:
         InputError: If the path exists.
@@ -113,30 +112,46 @@ def export(student: Segmenter, options: argparse.Namespace, path: Path) -> None:
         checkpoint.save_torch({"model": state} if options.package == "sam2" else state, place)
 
 
-def load_adapters(model: nn.Module, path: Path) -> nn.Module:
-    """Turn an official model into a student with adapters.
+def load_adapters(model: nn.Module, path: Path, method: str = "adapter") -> nn.Module:
+    """Turn an official model into a student with what its method has added to the image encoder.
 
     Args:
         model: A `Sam`, `SAM2Base`, `SamModel` or `Sam2Model` of the student's size, as the package
             builds it. It is changed in place, and its weights do not matter.
-        path: What `export` wrote of a student with adapters.
+        path: What `export` wrote of the student.
+        method: The student's method, one of those that are not merged into the weights.
 
     Returns:
         The model, ready for the package's predictor.
 
+    Raises:
+        InputError: If the file is of another method, or of a model of another size.
+
     Example:
         `SamPredictor(load_adapters(sam_model_registry["vit_b"](), Path("leaf.pth")))`
     """
-    encoder = model.vision_encoder if hasattr(model, "vision_encoder") else model.image_encoder
-    add_adapters(encoder)
-    if path.is_dir():
-        # Tied weights are in the file under one of their names, so that the others are missing.
-        missing, unexpected = model.load_state_dict(
-            load_file(path / "model.safetensors"), strict=False
+    if method not in NOT_MERGED:
+        raise InputError(
+            f"method must be one of {', '.join(NOT_MERGED)}, got {method}. The others are merged: "
+            "load the file as the package loads its own."
         )
-        if unexpected or any("adapter" in name for name in missing):
-            raise InputError(f"{path} must hold a model of this size with adapters")
+    if path.is_dir():
+        state = load_file(path / "model.safetensors")
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state.get("model", state))
+        state = state.get("model", state)
+    official = {*model.state_dict()}
+    encoder = model.vision_encoder if hasattr(model, "vision_encoder") else model.image_encoder
+    ranks = (len(value) for name, value in state.items() if name.endswith("conv_lora.down.weight"))
+    add_method(encoder, method, rank=next(ranks, 1), targets=[])
+    own, found = shapes(model.state_dict()), shapes(state)
+    # Tied weights are in a folder's file under one of their names, so that the others are missing.
+    tied = official - found.keys() if path.is_dir() else set()
+    wrong = sorted(name for name, _ in own.items() ^ found.items() if name not in tied)
+    if wrong:
+        raise InputError(
+            f"{path} must hold a model of this size with {method}, got {len(wrong)} weights that "
+            f"it has not, or that are missing or of another shape ({wrong[0]})"
+        )
+    model.load_state_dict(state, strict=False)
     return model.eval()
