@@ -103,12 +103,16 @@ def add_adapters(encoder: nn.Module, method: str = "adapter") -> int:
             "every model."
         )
     for block in blocks:
-        (dim,) = second_norm(block).normalized_shape
-        for layer, (hook, scale) in ((block.attn, at_attention), (block.mlp, at_mlp)):
-            adapter = Adapter(dim, dim // 4, scale=scale)
-            layer.adapter = adapter.to(second_norm(block).weight.device)
-            layer.register_forward_hook(hook, with_kwargs=True)
+        put(block.attn, second_norm(block), *at_attention)
+        put(block.mlp, second_norm(block), *at_mlp)
     return len(blocks)
+
+
+def put(layer: nn.Module, norm: nn.LayerNorm, hook: Callable, scale: float) -> None:
+    """Give a layer an Adapter for the channels of a LayerNorm, and the hook that uses it."""
+    (dim,) = norm.normalized_shape
+    layer.adapter = Adapter(dim, dim // 4, scale=scale).to(norm.weight.device)
+    layer.register_forward_hook(hook, with_kwargs=True)
 
 
 def transformer_blocks(encoder: nn.Module) -> list[nn.Module]:
