@@ -39,6 +39,7 @@ from parts.errors import InputError
 from parts.evaluation import scores
 from parts.models import segmenter
 from parts.models.adaptation import adapt
+from parts.models.methods.adapters import PLACES
 from parts.options import METHODS
 from parts.runs import trained as trained_students
 from parts.runs.trained import load_run
@@ -48,8 +49,10 @@ from parts.training.logbook import Logbook, keep_until
 # What is saved of an encoder has these names.
 SAVED = {
     "lora": ".lora_",
-    "lora-heads": ".heads.",
-    "adapter": ".adapter.",
+    "lora-heads": ".parts.",
+    "su-sam-lora": ".parts.",
+    "conv-lora": ".conv_lora.",
+    **dict.fromkeys((*PLACES, "adaptformer"), ".adapter."),
     "bitfit": ".bias",
     "decoder": "nothing",
 }
@@ -342,8 +345,16 @@ def test_four_processes_train_what_one_loads(tmp_path: Path, capsys) -> None:
         ("sam", "vit_b", "lora", 147_456),
         ("sam", "vit_b", "adapter", 7_100_928),
         ("sam", "vit_b", "lora-heads", 12 * 3 * 12 * (768 * 4 + 4 * 64)),  # Eq. 31, 32
+        ("sam", "vit_b", "adaptformer", 1_189_632),
+        ("sam", "vit_b", "conv-lora", 12 * 13_536),
+        ("sam", "vit_b", "su-sam-series", 7_100_928),
+        ("sam", "vit_b", "su-sam-parallel", 7_100_928),
+        ("sam", "vit_b", "su-sam-mixed", 7_100_928),
+        ("sam", "vit_b", "su-sam-lora", 12 * 2 * (768 * 4 + 4 * 768)),
         ("sam2", "sam2.1_hiera_b+", "lora", 168_896),
         ("sam2", "sam2.1_hiera_b+", "adapter", 5_822_208),
+        ("sam2", "sam2.1_hiera_b+", "adaptformer", 129 * 10_752 + 24 * 64),
+        ("sam2", "sam2.1_hiera_b+", "conv-lora", 168_896 + 24 * 1_248),
     ],
 )
 def test_trainable_parameters_of_the_released_sizes(

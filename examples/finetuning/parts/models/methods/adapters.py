@@ -99,8 +99,7 @@ def add_adapters(encoder: nn.Module, method: str = "adapter") -> int:
     if at_attention[0] is beside and any(changes_shape(block) for block in blocks):
         raise InputError(
             f"--method {method} needs attentions whose output has the shape of their input, as in "
-            f"SAM, got a model with others. Of its kind, {' and '.join(for_any_shape())} are for "
-            "every model."
+            f"SAM, got a model with others. Take {', '.join(for_any_shape())} or adaptformer."
         )
     for block in blocks:
         put(block.attn, second_norm(block), *at_attention)
