@@ -17,7 +17,8 @@ SPLITS = ("train", "val", "test")
 TEST_TABLE = "test.csv"
 METHODS = (
     *("lora", "lora-heads", "adapter", "adaptformer", "conv-lora"),
-    *("su-sam-series", "su-sam-parallel", "su-sam-mixed", "su-sam-lora", "bitfit", "decoder"),
+    *("su-sam-series", "su-sam-parallel", "su-sam-mixed", "su-sam-lora", "hq-sam", "bitfit"),
+    "decoder",
 )
 # Each with the weight of its loss, see docs/compared-systems.md.
 DISTILLERS = {

@@ -11,11 +11,12 @@ from parts.errors import InputError
 from parts.models.methods.adapters import PLACES, add_adapters, add_adaptformer
 from parts.models.methods.biases import free_biases
 from parts.models.methods.convlora import add_conv_lora
+from parts.models.methods.hqsam import add_hq
 from parts.models.methods.lora import add_lora, add_part_lora
 from parts.models.segmenter import Segmenter
 
 # What these add is no change of weights, so that it stays beside those of the model.
-NOT_MERGED = (*PLACES, "adaptformer", "conv-lora")
+NOT_MERGED = (*PLACES, "adaptformer", "conv-lora", "hq-sam")
 
 
 def adapt(student: Segmenter, method: str, *, rank: int = 4, targets: list[str]) -> str:
@@ -23,6 +24,9 @@ def adapt(student: Segmenter, method: str, *, rank: int = 4, targets: list[str])
 
     Two heads of the decoder stay frozen, as no mask depends on them: those that estimate the IoU
     and whether there is an object. What they predict remains that of the pre-trained model.
+
+    HQ-SAM adds to the decoder, and nothing else trains, as in its release. The paper does not say
+    what its row of HQ-SAM trains.
 
     Args:
         student: The model with its pre-trained weights, changed in place.
@@ -38,7 +42,10 @@ def adapt(student: Segmenter, method: str, *, rank: int = 4, targets: list[str])
         InputError: If the method finds nothing to train in the encoder, or is not made for it.
     """
     student.requires_grad_(False)
-    if add_method(student.encoder, method, rank, targets) == 0:
+    matched = add_method(student.encoder, student.decoder, method, rank, targets)
+    if method == "hq-sam":
+        return report(student)
+    if matched == 0:
         layers = student.encoder.named_modules()
         linear = sorted({n.split(".")[-1] for n, layer in layers if isinstance(layer, nn.Linear)})
         raise InputError(
@@ -52,10 +59,12 @@ def adapt(student: Segmenter, method: str, *, rank: int = 4, targets: list[str])
     return report(student)
 
 
-def add_method(encoder: nn.Module, method: str, rank: int, targets: list[str]) -> int | None:
-    """Add to an image encoder what a method adds; return to how many layers, if it adds any.
+def add_method(
+    encoder: nn.Module, decoder: nn.Module, method: str, rank: int, targets: list[str]
+) -> int | None:
+    """Add what a method adds to image encoder or decoder; return to how many layers, if to any.
 
-    The arguments are those of `adapt`.
+    The other arguments are those of `adapt`.
     """
     add = {
         "lora": partial(add_lora, rank=rank, targets=targets),
@@ -63,6 +72,7 @@ def add_method(encoder: nn.Module, method: str, rank: int, targets: list[str]) -
         "su-sam-lora": partial(add_part_lora, rank=rank, heads=False),
         "conv-lora": partial(add_conv_lora, rank=rank),
         "adaptformer": add_adaptformer,
+        "hq-sam": partial(add_hq, decoder=decoder),
         "bitfit": free_biases,
         "decoder": lambda encoder: None,
     }

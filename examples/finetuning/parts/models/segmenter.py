@@ -122,6 +122,18 @@ def load_weights(model: nn.Module, checkpoint: Path, name: str, key: str | None 
         InputError: If the file is missing, damaged, of another model, or if it holds weights that
             are not finite or not of floating point.
     """
+    weights = read_weights(checkpoint)
+    if key is not None:
+        weights = weights.get(key, weights)
+    load_state(model, weights, checkpoint, name)
+
+
+def read_weights(checkpoint: Path) -> dict[str, Any]:
+    """Return what a file holds that was written by `torch.save` or by safetensors.
+
+    Raises:
+        InputError: If the file is missing, damaged, or holds anything without names.
+    """
     try:
         if checkpoint.suffix == ".safetensors":
             weights: Any = load_file(checkpoint)
@@ -131,11 +143,19 @@ def load_weights(model: nn.Module, checkpoint: Path, name: str, key: str | None 
         raise InputError(
             f"--checkpoint must be a readable file, got {checkpoint}: {first_line(error)}"
         ) from error
-    if key is not None and isinstance(weights, dict):
-        weights = weights.get(key, weights)
+    check_named(weights, checkpoint)
+    return weights
+
+
+def check_named(weights: object, checkpoint: Path) -> None:
+    """Raise `InputError` if weights are not tensors by name."""
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise InputError(f"--checkpoint must hold named tensors, got {checkpoint}")
 
+
+def load_state(model: nn.Module, weights: dict[str, Any], checkpoint: Path, name: str) -> None:
+    """Load what was read from a checkpoint; arguments and errors are those of `load_weights`."""
+    check_named(weights, checkpoint)
     expected = {key: value.shape for key, value in model.state_dict().items()}
     found = {key: getattr(value, "shape", None) for key, value in weights.items()}
     missing = sorted(expected.keys() - found.keys())

@@ -88,9 +88,12 @@ def decode(
     sparse, dense = model.prompt_encoder(points=points, boxes=boxes, masks=None)
     # The official decoder takes one image embedding and many prompts: it repeats the embedding and
     # adds the dense prompts to it. Given an embedding of zeros, and dense prompts that contain the
-    # embeddings of the pictures, it decodes each picture with its own prompt.
+    # embeddings of the pictures, it decodes each picture with its own prompt. Hooks on the decoder
+    # that need the embeddings themselves find them at the zeros.
+    zeros = torch.zeros_like(embedding[:1])
+    zeros.stands_for = embedding
     logits, _ = model.mask_decoder(
-        image_embeddings=torch.zeros_like(embedding[:1]),
+        image_embeddings=zeros,
         image_pe=model.prompt_encoder.get_dense_pe(),
         sparse_prompt_embeddings=sparse,
         dense_prompt_embeddings=dense + embedding,

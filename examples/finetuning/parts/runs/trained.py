@@ -94,7 +94,8 @@ def export(student: Segmenter, options: argparse.Namespace, path: Path) -> None:
         options: The options of its run, from `load_run`.
         path: A file that `sam_model_registry` or `build_sam2` loads, or a folder that
             `from_pretrained` loads. A student of a method that is not merged has another
-            architecture; what is written of it is loaded by `load_adapters`.
+            architecture; what is written of it is loaded by `load_adapters`. The file of a HQ-SAM
+            of segment_anything has the layout of the released ones.
 
     Raises:
         InputError: If the path exists.
@@ -113,7 +114,7 @@ def export(student: Segmenter, options: argparse.Namespace, path: Path) -> None:
 
 
 def load_adapters(model: nn.Module, path: Path, method: str = "adapter") -> nn.Module:
-    """Turn an official model into a student with what its method has added to the image encoder.
+    """Turn an official model into a student with what its method has added.
 
     Args:
         model: A `Sam`, `SAM2Base`, `SamModel` or `Sam2Model` of the student's size, as the package
@@ -143,7 +144,8 @@ def load_adapters(model: nn.Module, path: Path, method: str = "adapter") -> nn.M
     official = {*model.state_dict()}
     encoder = model.vision_encoder if hasattr(model, "vision_encoder") else model.image_encoder
     ranks = (len(value) for name, value in state.items() if name.endswith("conv_lora.down.weight"))
-    add_method(encoder, method, rank=next(ranks, 1), targets=[])
+    decoder = model.sam_mask_decoder if hasattr(model, "sam_mask_decoder") else model.mask_decoder
+    add_method(encoder, decoder, method, rank=next(ranks, 1), targets=[])
     own, found = shapes(model.state_dict()), shapes(state)
     # Tied weights are in a folder's file under one of their names, so that the others are missing.
     tied = official - found.keys() if path.is_dir() else set()
