@@ -39,8 +39,12 @@ FAST_METHODS = {
     "transformers-sam": "lora-heads",
     "transformers-sam2": "bitfit",
 }
-# The attention of SAM2 changes the shape of its input in some blocks.
-IMPOSSIBLE = {(family, "su-sam-parallel") for family in ("sam2", "transformers-sam2")}
+# The attention of SAM2 changes the shape of its input in some blocks, and HQ-SAM is made for SAM.
+IMPOSSIBLE = {
+    (family, method)
+    for family in ("sam2", "transformers-sam2")
+    for method in ("su-sam-parallel", "hq-sam")
+}
 EPOCHS = 2
 # With these the loss falls within two epochs; some models with random weights need large steps.
 LEARNING_RATES = {

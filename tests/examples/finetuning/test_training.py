@@ -55,6 +55,7 @@ SAVED = {
     **dict.fromkeys((*PLACES, "adaptformer"), ".adapter."),
     "bitfit": ".bias",
     "decoder": "nothing",
+    "hq-sam": ".embedding_encoder.",  # of the decoder, by its name
 }
 
 
