@@ -211,6 +211,21 @@ def test_an_embedding_keeps_its_features(family: str, inputs) -> None:
         student.decode([early[-1].clone()], Prompts(boxes))
 
 
+@torch.no_grad()
+def test_the_features_are_those_of_the_first_global_block(inputs) -> None:
+    images, boxes, *_ = inputs
+    student, outputs = hq_student("sam"), []
+    blocks = student.encoder.blocks
+    assert [i for i, block in enumerate(blocks) if block.window_size == 0] == [1, 4]
+    blocks[1].register_forward_hook(lambda block, _, output: outputs.append(output))
+    student.decoder.compress_vit_feat.register_forward_hook(
+        lambda layers, given, _: outputs.append(given[0])
+    )
+    student(images, Prompts(boxes))
+    early, compressed = outputs
+    assert torch.equal(compressed, early.permute(0, 3, 1, 2))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_a_copy_has_its_own_layers(family: str, inputs) -> None:
