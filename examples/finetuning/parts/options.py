@@ -86,6 +86,9 @@ def parse_training(
     group.add_argument(
         "--targets", nargs="+", default=["qkv"], help="layers of the image encoder for LoRA"
     )
+    group.add_argument(
+        "--hq-checkpoint", type=place, help="a released HQ-SAM that --method hq-sam starts from"
+    )
 
     add_data(parser.add_argument_group("data"))
     group = parser.add_argument_group("prompts")
@@ -148,7 +151,9 @@ def parse_training(
         "--lr", type=number(0, exclusive=True), default=2e-4, help="falls to a tenth by a cosine"
     )
     group.add_argument("--precision", choices=("no", "fp16", "bf16"), default="no")
-    group.add_argument("--legacy-loss", action="store_true", help="that of the released code")
+    losses = group.add_mutually_exclusive_group()
+    losses.add_argument("--legacy-loss", action="store_true", help="that of the released code")
+    losses.add_argument("--point-loss", action="store_true", help="that of HQ-SAM, at points")
     group.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
 
     group = parser.add_argument_group("run")
@@ -169,6 +174,8 @@ def parse_training(
             parser.error(f"{flag} is needed for {model}")
     if options.teacher is None and options.teacher_checkpoint is not None:
         parser.error("--teacher-checkpoint needs --teacher, which says of what size it is")
+    if options.hq_checkpoint is not None and options.method != "hq-sam":
+        parser.error(f"--hq-checkpoint needs --method hq-sam, got {options.method}")
     check_distillation(parser, options)
     return options
 

@@ -382,7 +382,7 @@ def test_masks_of_sam2_need_more_than_the_cache() -> None:
 @pytest.mark.parametrize("relation", ["attention-3", "linear"])
 def test_relation_of_another_kind_is_refused(relation: str, trained) -> None:
     given = {"relation": relation, "relation_from": trained("sam", "lora")}
-    with pytest.raises(InputError, match=f"as --relation {relation} of this width, .* weights are others"):
+    with pytest.raises(InputError, match=f"--relation {relation} of this width, .* are others"):
         relation_module(options_of("infosam", **given), 64)
 
 

@@ -71,7 +71,8 @@ def test_training(family: str, method: str, trained) -> None:
     for row in figures:
         infosam = row["compression"] + 0.5 * row["distillation"]
         assert row["infosam"] == pytest.approx(infosam, rel=1e-5)
-        assert row["loss"] == pytest.approx(row["structure"] + row["infosam"], rel=1e-5)
+        both = row["structure"] + row["infosam"] + row.get("load", 0.0)
+        assert row["loss"] == pytest.approx(both, rel=1e-5)
     assert figures[-1]["learning_rate"] == pytest.approx(LEARNING_RATES[family] / 10)
 
     first, last = weights(output / "epoch-001"), weights(output / f"epoch-{EPOCHS:03}")

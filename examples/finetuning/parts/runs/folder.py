@@ -35,6 +35,7 @@ PLACES = (
     "teacher_checkpoint",
     "teacher_cache",
     "relation_from",
+    "hq_checkpoint",
 )
 # What is not remembered, as it has no influence on the result.
 FORGOTTEN = ("output", "resume", "threads", "workers", "cpu", "log_every")

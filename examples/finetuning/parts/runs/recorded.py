@@ -27,6 +27,8 @@ LATER: dict[str, Any] = {
     "relation_from": None,
     "freeze_relation": False,
     "without_regularization": False,
+    "hq_checkpoint": None,
+    "point_loss": False,
     "teacher": None,
     "teacher_checkpoint": None,
 }
@@ -110,6 +112,8 @@ RULES: dict[str, Rule] = {
     "relation_from": PLACE,
     "freeze_relation": TRUTH,
     "without_regularization": TRUTH,
+    "hq_checkpoint": PLACE,
+    "point_loss": TRUTH,
     "epochs": whole(1),
     "batch_size": whole(1),
     "seed": whole(0, 2**32 - 1),

@@ -92,7 +92,8 @@ class Logbook:
         if self.silent:
             return
         values = dict(zip(figures, read.mean(0).tolist(), strict=True))
-        self.bar.set_postfix(loss=f"{values.get('loss', values['structure']):.4g}", refresh=False)
+        shown = values.get("loss", next(iter(values.values())))
+        self.bar.set_postfix(loss=f"{shown:.4g}", refresh=False)
         self.write("training", values | {"learning_rate": learning_rate})
         self.warn_of_collapse(values.get("teacher_relation_entropy", math.inf))
 
@@ -106,7 +107,7 @@ class Logbook:
         for i, index in enumerate(images):
             wrong = [
                 name
-                for name in ("structure", self.options.distiller, "loss")
+                for name in ("structure", "points", "load", self.options.distiller, "loss")
                 if name in figures and not math.isfinite(figures[name][i])
             ]
             self.skipped = self.skipped + 1 if wrong else 0

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
+from torch import Tensor, nn
 
-from parts.data.batches import loaders
+from parts.data.batches import Batch, loaders
 from parts.data.check import Report, read_data
 from parts.data.prompts import draw_prompts
 from parts.data.reading import reading_of
@@ -25,6 +25,8 @@ from parts.distillers.infosam import InfoSAM
 from parts.errors import InputError
 from parts.evaluation.scores import evaluate
 from parts.models.adaptation import adapt
+from parts.models.methods.convlora import load_loss
+from parts.models.methods.hqsam import load_hq
 from parts.models.segmenter import Segmenter
 from parts.options import next_command
 from parts.runs import checkpoint
@@ -33,6 +35,7 @@ from parts.runs.trained import teacher_and_student
 from parts.training.cache import teacher_encoder
 from parts.training.logbook import Logbook, check_tables
 from parts.training.loss import structure_loss
+from parts.training.point_loss import point_loss
 from parts.training.processes import accelerate, from_main_process
 
 
@@ -56,6 +59,8 @@ def train(options: argparse.Namespace) -> None:
         )
     teacher, student = teacher_and_student(options)
     print(adapt(student, options.method, rank=options.rank, targets=options.targets))
+    if options.hq_checkpoint is not None:
+        load_hq(student, options.hq_checkpoint)
     distiller = build_distiller(options, teacher, student)
     with ExitStack() as stack:
         last = from_main_process(lambda asked: stack.enter_context(running(asked)), options)
@@ -142,10 +147,8 @@ def fit(
                     prompts = draw_prompts(options.prompts, options.points, batch)
                     with accelerator.autocast():
                         logits = trained(batch.images, prompts)
-                        loss = structure_loss(
-                            logits, batch.masks, batch.valid, legacy=options.legacy_loss
-                        )
-                        figures = {"structure": loss}
+                        figures = losses_of_masks(options, logits, batch, student)
+                        loss = sum(figures.values())
                         student_pass = from_student.pop(logits)
                         if distiller is not None:
                             with torch.no_grad():
@@ -156,13 +159,14 @@ def fit(
                         # Outside of autocast, as statistics of a batch need all their digits.
                         distance = compare(teacher_pass, student_pass, batch.masks)
                         loss = loss + options.distiller_weight * distance
-                        figures |= {options.distiller: distance, "loss": loss}
-                        figures |= distiller.figures()
+                        figures |= {options.distiller: distance} | distiller.figures()
                     accelerator.backward(loss)
                     optimizer.step()
                     optimizer.zero_grad()
                     if accelerator.sync_gradients:
                         schedule.step()
+                if len(figures) > 1:
+                    figures["loss"] = loss
                 log.training(batch.index, figures, schedule.get_last_lr()[0])
         seconds = (time.perf_counter() - began) / len(train)
 
@@ -178,6 +182,19 @@ def fit(
     checkpoint.load_weights(checkpoint.epoch_folder(options.output, best["epoch"]), modules)
     log.result(best, evaluate(student, test, options.eval_prompts, options.eval_points))
     log.close()
+
+
+def losses_of_masks(
+    options: argparse.Namespace, logits: Tensor, batch: Batch, student: Segmenter
+) -> dict[str, Tensor]:
+    """Return the losses that train the student without a teacher, by the names of their columns."""
+    if options.point_loss:
+        losses = {"points": point_loss(logits, batch.masks, batch.valid)}
+    else:
+        legacy = options.legacy_loss
+        losses = {"structure": structure_loss(logits, batch.masks, batch.valid, legacy=legacy)}
+    load = load_loss(student)
+    return losses if load is None else losses | {"load": load}
 
 
 def learns(module: nn.Module | None) -> bool:

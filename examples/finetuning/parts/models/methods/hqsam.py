@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from segment_anything.modeling.common import LayerNorm2d
-from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 
 from parts.errors import InputError
@@ -61,6 +59,21 @@ def new_layers(width: int, dim: int) -> dict[str, nn.Module]:
         width: Channels of the encoder's blocks.
         dim: Channels of image embedding and tokens.
     """
+    try:  # who uses transformers may not have this package, and needs it for this method alone
+        from segment_anything.modeling.common import LayerNorm2d
+        from segment_anything.modeling.mask_decoder import MLP
+    except ImportError as error:
+        raise InputError("--method hq-sam needs the package segment_anything") from error
+
+    def upscaling(before: int, between: int, after: int) -> nn.Sequential:
+        """Return layers that make a map four times as large, with these numbers of channels."""
+        return nn.Sequential(
+            nn.ConvTranspose2d(before, between, 2, stride=2),
+            LayerNorm2d(between),
+            nn.GELU(),
+            nn.ConvTranspose2d(between, after, 2, stride=2),
+        )
+
     layers = (
         nn.Embedding(1, dim),
         MLP(dim, dim, dim // 8, 3),
@@ -74,16 +87,6 @@ def new_layers(width: int, dim: int) -> dict[str, nn.Module]:
         ),
     )
     return dict(zip(NEW, layers, strict=True))
-
-
-def upscaling(before: int, between: int, after: int) -> nn.Sequential:
-    """Return layers that make a map four times as large, with these numbers of channels."""
-    return nn.Sequential(
-        nn.ConvTranspose2d(before, between, 2, stride=2),
-        LayerNorm2d(between),
-        nn.GELU(),
-        nn.ConvTranspose2d(between, after, 2, stride=2),
-    )
 
 
 def first_global_block(encoder: nn.Module) -> nn.Module:
@@ -182,11 +185,10 @@ def with_hq_mask(
 
 
 def load_hq(student: Segmenter, path: Path) -> None:
-    """Load a released HQ-SAM into a student that was adapted by this method.
+    """Load what a released HQ-SAM adds into a student that was adapted by this method.
 
-    A student of segment_anything gets all weights of the file. In transformers the weights of SAM
-    have other names: the student gets the new ones, and must have been built from the released SAM
-    of that size, whose weights HQ-SAM does not change.
+    The student must have been built from the released SAM of that size, whose weights HQ-SAM does
+    not change.
 
     Args:
         student: The student, changed in place.
@@ -195,10 +197,10 @@ def load_hq(student: Segmenter, path: Path) -> None:
     Raises:
         InputError: If the file is not that of a HQ-SAM of the student's size.
     """
-    weights, model = read_weights(path), student.model
-    if not hasattr(model, "image_encoder"):
-        prefix = "mask_decoder."
-        new = tuple(f"{prefix}{name}." for name in NEW)
-        weights = {k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(new)}
-        model = nn.ModuleDict({name: getattr(student.decoder, name) for name in NEW})
-    load_state(model, weights, path, "an HQ-SAM of the student's size")
+    prefix = "mask_decoder."
+    new = tuple(f"{prefix}{name}." for name in NEW)
+    weights = {
+        k.removeprefix(prefix): w for k, w in read_weights(path).items() if k.startswith(new)
+    }
+    added = nn.ModuleDict({name: getattr(student.decoder, name) for name in NEW})
+    load_state(added, weights, path, "an HQ-SAM of the student's size")
