@@ -33,7 +33,7 @@ DISTILLERS = {
     "tinysam": 1.0,
     "mobilesam": 1.0,
     "tinysam-relation": 1.0,
-    "mobilesam-relation": 1.0,
+    "mobilesam-relation": 4096.0,
     "none": 0.0,
 }
 WITH_RELATION = ("infosam", "tinysam-relation", "mobilesam-relation")
