@@ -1,10 +1,10 @@
 """What the compared systems cost: `python benchmarks/compared.py`.
 
-For each distiller, on what a pass of ViT-B leaves of four images: the parameters that it learns, its
-weighted loss where the student's features are the teacher's with noise of 0.3 deviations, the memory
-that forward and backward allocate at their peak, and their time, beside that of InfoSAM in the same
-run. The floor is the time in which what is compared can be read once, of student and teacher, and
-the student's gradients be written once.
+For each distiller, on what a pass of ViT-B leaves of four images: the parameters that it learns,
+its weighted loss where the student's features are the teacher's with noise of 0.3 deviations, the
+memory that forward and backward allocate at their peak, and their time, beside that of InfoSAM in
+the same run. The floor is the time in which what is compared can be read once, of student and
+teacher, and the student's gradients be written once.
 
 For each fine-tuning method, on a SAM of ViT-B's width with one block of windows and one of global
 attention, and one image: the parameters that train in a whole ViT-B, and memory and time of a step

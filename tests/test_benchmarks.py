@@ -1,4 +1,4 @@
-"""The benchmarks for a GPU, rehearsed in their reduced form without one."""
+"""The benchmarks that are programs of their own, rehearsed in their reduced form."""
 
 import os
 import subprocess
@@ -43,3 +43,15 @@ def test_an_unknown_part_is_named(tmp_path):
     assert done.returncode == 2
     assert "no part speed: tests, kernels, loss" in done.stderr
     assert not done.stdout
+
+
+@pytest.mark.slow
+def test_costs_of_the_compared_systems_are_tables():
+    command = [sys.executable, SCRIPT.with_name("compared.py"), "--small", "--rounds", "1"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")]
+    for name in ("semckd", "hq-sam"):
+        (row,) = (row for row in rows if row[0].strip() == name)
+        assert all(cell.strip() for cell in row)

@@ -48,7 +48,7 @@ def options_of(name: str, **others: object) -> Namespace:
     given = {"distiller": name, "batch_size": BATCH, "processes": 1, "layers": None}
     given |= {"teacher_layers": None, "teacher_cache": None, "relation": "attention-1"}
     given |= {"relation_from": None, "freeze_relation": False, "without_regularization": False}
-    given |= {"alpha": 2.0, "compression_weight": 1.0, "distillation_weight": 0.5}
+    given |= {"method": "lora", "alpha": 2.0, "compression_weight": 1.0, "distillation_weight": 0.5}
     return Namespace(**(given | others))
 
 
@@ -84,8 +84,7 @@ def cases() -> list[object]:
 @pytest.mark.parametrize(("family", "name"), cases())
 def test_its_loss_alone_falls_by_a_tenth_in_ten_steps(family: str, name: str) -> None:
     images, prompts, masks = make_batch()
-    teacher = build_once(family).requires_grad_(False)
-    student = build(family)
+    teacher, student = build_once(family), build(family)
     adapt(student, "lora", targets=["qkv"])
     with torch.no_grad():  # so that the student is not the teacher
         for parameter in (p for p in student.parameters() if p.requires_grad):
@@ -118,11 +117,12 @@ def test_its_loss_alone_falls_by_a_tenth_in_ten_steps(family: str, name: str) ->
 def test_equal_passes(name: str) -> None:
     """Most losses are zero there, and at their least."""
     images, prompts, masks = make_batch()
-    model = build_once("sam").requires_grad_(False)
+    model = build_once("sam")
     options = options_of(name)
     distiller = build_distiller(options, model, model)
     of_teacher, _ = compared_layers(options, model, model)
-    target = passed(model, of_teacher, images, prompts)
+    with torch.no_grad():
+        target = passed(model, of_teacher, images, prompts)
     inputs = [*target.layers, target.embedding, target.tokens, target.logits]
     copies = [x.clone().requires_grad_() for x in inputs]
     student = Pass(copies[:-3], *copies[-3:])
@@ -377,6 +377,18 @@ def test_masks_of_sam2_need_more_than_the_cache() -> None:
     assert isinstance(
         build_distiller(options_of("logit", **given), *[build_once("sam")] * 2), nn.Module
     )
+
+
+@pytest.mark.parametrize("method", ["decoder", "hq-sam"])
+def test_a_distiller_that_could_train_nothing_is_refused(method: str) -> None:
+    student = build("sam")
+    adapt(student, method, targets=["qkv"])
+    teacher = build_once("sam")
+    for name in ("pkd", "pkt", "vid", "semckd", "reviewkd", "mobilesam"):
+        with pytest.raises(InputError, match=f"{name} compares .* --method {method} does not"):
+            build_distiller(options_of(name, method=method), teacher, student)
+    for name in ("infosam", "logit", "ibd", "tinysam", "mobilesam-relation"):
+        build_distiller(options_of(name, method=method), teacher, student)
 
 
 @pytest.mark.parametrize("relation", ["attention-3", "linear"])

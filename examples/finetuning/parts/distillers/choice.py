@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from parts.distillers.base import LAYERS, LOGITS, Distiller
+from parts.distillers.base import EMBEDDING, LAYERS, LOGITS, Distiller
 from parts.distillers.ibd import IBD
 from parts.distillers.infosam import InfoSAM, UnregularizedInfoSAM
 from parts.distillers.logit import Logit
@@ -47,7 +47,7 @@ SEMCKD_WIDTH = 256
 def build_distiller(
     options: argparse.Namespace, teacher: Segmenter, student: Segmenter
 ) -> Distiller | InfoSAM | None:
-    """Return the distiller that is asked for, or none for the plain student.
+    """Return the distiller that is asked for, or none for the plain student, which is adapted.
 
     Raises:
         InputError: If it does not fit the models, the batch or the other options.
@@ -58,6 +58,12 @@ def build_distiller(
         return None
     check(options, teacher, *map(len, layers))
     kind = KINDS[name]
+    encoder_trains = any(p.requires_grad for p in student.encoder.parameters())
+    if not encoder_trains and {*kind.needs} <= {LAYERS, EMBEDDING}:
+        raise InputError(
+            f"--distiller {name} compares what the image encoder gives, which --method "
+            f"{options.method} does not train; choose another of the two"
+        )
     if name == "infosam":
         return infosam(options, student.dim)
     if name.endswith("-relation"):
