@@ -36,6 +36,7 @@ DISTILLERS = {
     "mobilesam-relation": 4096.0,
     "none": 0.0,
 }
+WITH_LAYERS = ("ibd", "vid", "semckd", "reviewkd")
 WITH_RELATION = ("infosam", "tinysam-relation", "mobilesam-relation")
 RELATIONS = ("attention-1", "attention-3", "attention-5", "linear", "dot-product")
 CACHE_DTYPES = ("float16", "bfloat16")
@@ -187,17 +188,25 @@ def check_distillation(parser: argparse.ArgumentParser, options: argparse.Namesp
         options.distiller_weight = DISTILLERS[name]
     elif name == "none":
         parser.error("--distiller-weight needs a --distiller, got none")
-    for option, given in (
-        ("--relation", options.relation != "attention-1"),
-        ("--relation-from", options.relation_from is not None),
-        ("--freeze-relation", options.freeze_relation),
-    ):
-        if given and name not in WITH_RELATION:
-            parser.error(f"{option} needs a --distiller with relations, got {name}")
+    users = {
+        "layers": WITH_LAYERS,
+        "teacher_layers": WITH_LAYERS,
+        "relation": WITH_RELATION,
+        "relation_from": WITH_RELATION,
+        "freeze_relation": WITH_RELATION,
+        "alpha": ("infosam",),
+        "compression_weight": ("infosam",),
+        "distillation_weight": ("infosam",),
+        "without_regularization": ("infosam",),
+    }
+    for option, names in users.items():
+        if name not in names and getattr(options, option) != parser.get_default(option):
+            flag = option.replace("_", "-")
+            parser.error(f"--{flag} needs --distiller {' or '.join(names)}, got {name}")
     if options.relation == "dot-product" and (options.relation_from or options.freeze_relation):
         parser.error("--relation dot-product has no weights to start from or to freeze")
-    if options.without_regularization and name != "infosam":
-        parser.error(f"--without-regularization needs --distiller infosam, got {name}")
+    if options.without_regularization and options.compression_weight != 1.0:
+        parser.error("--compression-weight has no effect with --without-regularization")
 
 
 def add_data(group: argparse._ArgumentGroup) -> None:

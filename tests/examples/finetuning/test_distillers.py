@@ -32,7 +32,7 @@ from parts.distillers.relations import RELATIONS, StackedRelation, relation_of
 from parts.errors import InputError
 from parts.models.adaptation import adapt
 from parts.models.segmenter import Segmenter
-from parts.options import DISTILLERS, parse_training
+from parts.options import DISTILLERS, WITH_LAYERS, parse_training
 from parts.options import RELATIONS as RELATION_NAMES
 from renyi_kd import RelationModule
 
@@ -189,6 +189,7 @@ def test_half_precision_is_widened_and_nothing_is_left() -> None:
 
 def test_names_of_the_command_line_are_those_that_exist() -> None:
     assert {*DISTILLERS} == {*KINDS, "none"}
+    assert {*WITH_LAYERS} == {name for name, kind in KINDS.items() if LAYERS in kind.needs}
     assert (*RELATIONS,) == RELATION_NAMES
 
 
@@ -408,9 +409,19 @@ def test_relation_of_another_width_is_refused(trained) -> None:
     ("options", "message"),
     [
         ("--distiller none --distiller-weight 1", "--distiller-weight needs a --distiller"),
-        ("--distiller pkd --relation linear", "--relation needs a --distiller with relations"),
-        ("--distiller pkd --relation-from runs", "--relation-from needs a --distiller"),
-        ("--distiller none --freeze-relation", "--freeze-relation needs a --distiller"),
+        ("--distiller pkd --relation linear", "--relation needs --distiller infosam or tinysam-re"),
+        ("--distiller pkd --relation-from runs", "--relation-from needs --distiller infosam or"),
+        ("--distiller none --freeze-relation", "--freeze-relation needs --distiller infosam or"),
+        ("--distiller pkd --layers 1", "--layers needs --distiller ibd or vid or semckd or review"),
+        (
+            "--teacher-layers 1",
+            "--teacher-layers needs --distiller ibd or vid or semckd",
+        ),
+        ("--distiller logit --alpha 3", "--alpha needs --distiller infosam, got logit"),
+        ("--distiller none --compression-weight 0", "--compression-weight needs --distiller info"),
+        ("--without-regularization --compression-weight 2", "has no effect with --without-regu"),
+        ("--method lora --hq-checkpoint x.pth", "--hq-checkpoint needs --method hq-sam, got lora"),
+        ("--legacy-loss --point-loss", "not allowed with argument"),
         ("--relation dot-product --freeze-relation", "has no weights to start from or to freeze"),
         ("--distiller pkd --without-regularization", "needs --distiller infosam, got pkd"),
         ("--distiller-weight -1", "must be at least 0"),
