@@ -1,5 +1,6 @@
 """What distillers are given, what they train, and what is refused before training."""
 
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -352,6 +353,7 @@ importlib.import_module({script!r}).main(sys.argv[1:])
     [
         ("semckd", {"batch_size": 3}, "semckd needs a --batch-size of at least 4, got 3"),
         ("semckd", {"batch_size": 2, "processes": 2}, "at least 4, got 2"),
+        ("ibd", {"batch_size": 1}, "ibd needs a --batch-size of at least 2, got 1"),
         ("pkt", {"batch_size": 1}, "pkt needs a --batch-size of at least 2, got 1"),
         ("vid", {"layers": [1, 5]}, "--layers must be .* from 0 to 4, got 1 5"),
         ("vid", {"layers": [4, 1]}, "--layers must be .* that rise, .* got 4 1"),
@@ -403,6 +405,14 @@ def test_relation_of_another_width_is_refused(trained) -> None:
     given = {"relation_from": trained("sam", "lora")}
     with pytest.raises(InputError, match=r"is \(64,\), must be \(32,\)"):
         relation_module(options_of("infosam", **given), 32)
+
+
+def test_damaged_relation_is_refused(trained, tmp_path: Path) -> None:
+    run_folder = shutil.copytree(trained("sam", "lora"), tmp_path / "run")
+    for path in run_folder.glob("epoch-*/distiller.safetensors"):
+        path.write_bytes(b"\0\0")
+    with pytest.raises(InputError, match=r"distiller.safetensors is damaged"):
+        relation_module(options_of("infosam", relation_from=run_folder), 64)
 
 
 @pytest.mark.parametrize(

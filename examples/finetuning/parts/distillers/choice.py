@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -23,7 +24,7 @@ from parts.distillers.tinysam import TinySAM
 from parts.distillers.vid import VID
 from parts.errors import InputError
 from parts.models.segmenter import Segmenter
-from parts.runs.checkpoint import best_weights
+from parts.runs.checkpoint import best_weights, damaged
 
 KINDS: dict[str, type[Distiller] | type[InfoSAM]] = {
     "infosam": InfoSAM,
@@ -111,7 +112,7 @@ def check(
     if batch < kind.least_batch:
         raise InputError(
             f"--distiller {name} needs a --batch-size of at least {kind.least_batch}, got "
-            f"{options.batch_size}: it compares the images of a batch with each other"
+            f"{options.batch_size}: it takes the images of a batch together"
         )
     if name in PAIRED and student_layers != teacher_layers:
         raise InputError(
@@ -160,7 +161,10 @@ def load_relation(options: argparse.Namespace, relation: nn.Module) -> None:
         InputError: If the run has none, or one of another kind or width.
     """
     path, prefix = best_weights(options.relation_from, "distiller"), "relation."
-    saved = load_file(path) if path.exists() else {}
+    try:
+        saved = load_file(path) if path.exists() else {}
+    except (SafetensorError, OSError) as error:
+        raise damaged(path, error) from error
     found = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
     expected = {name: tuple(value.shape) for name, value in relation.state_dict().items()}
     shapes = {name: tuple(value.shape) for name, value in found.items()}

@@ -26,6 +26,7 @@ class IBD(Distiller):
     """
 
     needs = (LAYERS, LOGITS)
+    least_batch = 2  # of the batch norms
 
     def __init__(self, student: Sequence[int], teacher: Sequence[int], width: int = 128) -> None:
         super().__init__()
