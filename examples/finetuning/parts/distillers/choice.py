@@ -23,7 +23,7 @@ from parts.distillers.semckd import SemCKD
 from parts.distillers.tinysam import TinySAM
 from parts.distillers.vid import VID
 from parts.errors import InputError
-from parts.models.segmenter import Segmenter
+from parts.models.segmenter import Segmenter, check_finite
 from parts.runs.checkpoint import best_weights, damaged
 
 KINDS: dict[str, type[Distiller] | type[InfoSAM]] = {
@@ -178,4 +178,5 @@ def load_relation(options: argparse.Namespace, relation: nn.Module) -> None:
             if wrong
             else f"--relation {options.relation} has no weights to take from --relation-from"
         )
+    check_finite(found, f"--relation-from must hold finite weights, got {path}")
     relation.load_state_dict(found)
