@@ -1,5 +1,7 @@
 """What distillers are given, what they train, and what is refused before training."""
 
+import importlib
+import json
 import shutil
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from finetuning_runs import (
     training_options,
     weights,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from parts.data.prompts import Prompts
@@ -35,6 +38,7 @@ from parts.models.adaptation import adapt
 from parts.models.segmenter import Segmenter
 from parts.options import DISTILLERS, WITH_LAYERS, parse_training
 from parts.options import RELATIONS as RELATION_NAMES
+from parts.runs.recorded import LATER
 from renyi_kd import RelationModule
 
 BATCH = 4
@@ -49,7 +53,13 @@ def options_of(name: str, **others: object) -> Namespace:
     given = {"distiller": name, "batch_size": BATCH, "processes": 1, "layers": None}
     given |= {"teacher_layers": None, "teacher_cache": None, "relation": "attention-1"}
     given |= {"relation_from": None, "freeze_relation": False, "without_regularization": False}
-    given |= {"method": "lora", "alpha": 2.0, "compression_weight": 1.0, "distillation_weight": 0.5}
+    given |= {
+        "digests": {},
+        "method": "lora",
+        "alpha": 2.0,
+        "compression_weight": 1.0,
+        "distillation_weight": 0.5,
+    }
     return Namespace(**(given | others))
 
 
@@ -255,6 +265,9 @@ def test_without_regularization_the_joint_entropy_is_left() -> None:
 
 # --- runs ----------------------------------------------------------------------------------------
 
+# Options that an older version had already, though not the first one.
+OLD = ("checkpoint", "digests", "foreground", "ignore", "image_range", "teacher")
+
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -296,6 +309,71 @@ def test_relation_of_another_run(trained, data: Path, tmp_path: Path) -> None:
     first = [rows(tmp_path / name)[0]["teacher_relation_entropy"] for name in ("frozen", "free")]
     assert first[0] == first[1]
     assert first[0] != rows(origin)[0]["teacher_relation_entropy"]
+
+
+def test_a_resumed_run_needs_the_same_relation(trained, data: Path, tmp_path: Path) -> None:
+    """A frozen one is in no checkpoint of the run."""
+    origin = shutil.copytree(trained("sam", "lora"), tmp_path / "origin")
+    options = [*training_options("sam", "lora"), "--freeze-relation", "--relation-from"]
+    run("sam", data, tmp_path / "run", *options, origin)
+    for folder in (tmp_path / "origin").glob("epoch-*"):
+        state = load_file(folder / "distiller.safetensors")
+        save_file({k: v + 1 for k, v in state.items()}, folder / "distiller.safetensors")
+    for given in ([*options, origin], [*training_options("sam", "lora"), "--freeze-relation"]):
+        with pytest.raises(SystemExit, match="--relation-from must be the run that this one took"):
+            run("sam", data, tmp_path / "run", *given, "--epochs", 3, "--resume")
+
+
+def test_pictures_do_not_need_the_origin_of_a_relation_that_learned(
+    trained, data: Path, tmp_path: Path
+) -> None:
+    origin = shutil.copytree(trained("sam", "lora"), tmp_path / "origin")
+    options = [*training_options("sam", "lora"), "--epochs", 1, "--relation-from", origin]
+    run("sam", data, tmp_path / "run", *options)
+    shutil.rmtree(origin)
+    importlib.import_module("pictures").main(
+        [str(tmp_path / "run"), "--output", str(tmp_path / "pictures")]
+    )
+    assert (tmp_path / "pictures" / "relations.png").exists()
+
+
+@pytest.mark.parametrize("name", ["vid", "ibd"])
+def test_distillers_compute_in_float32(name: str, eight: Path, tmp_path: Path, monkeypatch) -> None:
+    seen = []
+    kind = KINDS[name]
+    forward = kind.forward
+
+    def watched(self: nn.Module, *passes: object) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return forward(self, *passes)
+
+    monkeypatch.setattr(kind, "forward", watched)
+    options = ["--distiller", name, "--precision", "bf16", "--epochs", 1, "--cpu"]
+    run("transformers-sam", eight, tmp_path / "run", *options)
+    assert seen
+    assert not any(seen)
+
+
+def test_runs_of_an_older_version_go_on(trained, data: Path, tmp_path: Path) -> None:
+    """It had `--no-infosam`, and other names for the factors of `lora-heads`."""
+    for name, method, given in (
+        ("plain", "lora", ["--distiller", "none"]),
+        ("heads", "lora-heads", []),
+    ):
+        output = tmp_path / name
+        options = [*training_options("sam", method), *given]
+        run("sam", data, output, *options, "--epochs", 1)
+        recorded = json.loads((output / "options.json").read_text())
+        old = {key: value for key, value in recorded.items() if key not in LATER or key in OLD}
+        (output / "options.json").write_text(json.dumps(old | {"no_infosam": name == "plain"}))
+        path = output / "epoch-001" / "student.safetensors"
+        state = {k.replace(".parts.", ".heads."): v for k, v in load_file(path).items()}
+        save_file(state, path)
+        columns = (output / "training.csv").read_text().splitlines()[0]
+        run("sam", data, output, *options, "--epochs", 2, "--resume")
+        assert (output / "training.csv").read_text().splitlines()[0] == columns
+    # As the older version wrote it.
+    assert columns.startswith("step,structure,infosam,loss,compression,distillation,")
 
 
 @pytest.mark.slow

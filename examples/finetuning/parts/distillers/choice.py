@@ -23,6 +23,7 @@ from parts.distillers.semckd import SemCKD
 from parts.distillers.tinysam import TinySAM
 from parts.distillers.vid import VID
 from parts.errors import InputError
+from parts.files import digest
 from parts.models.segmenter import Segmenter, check_finite
 from parts.runs.checkpoint import best_weights, damaged
 
@@ -160,7 +161,11 @@ def load_relation(options: argparse.Namespace, relation: nn.Module) -> None:
     Raises:
         InputError: If the run has none, or one of another kind or width.
     """
-    path, prefix = best_weights(options.relation_from, "distiller"), "relation."
+    prefix = "relation."
+    try:
+        path = best_weights(options.relation_from, "distiller")
+    except InputError as error:
+        raise InputError(f"--relation-from: {error}") from error
     try:
         saved = load_file(path) if path.exists() else {}
     except (SafetensorError, OSError) as error:
@@ -180,3 +185,4 @@ def load_relation(options: argparse.Namespace, relation: nn.Module) -> None:
         )
     check_finite(found, f"--relation-from must hold finite weights, got {path}")
     relation.load_state_dict(found)
+    options.digests["relation_from"] = digest(path)  # a resumed run must find the same

@@ -24,7 +24,7 @@ from parts.evaluation.metrics import dice_and_iou
 from parts.evaluation.scores import fixed_prompts, predictions
 from parts.files import appearing, refuse_existing
 from parts.models.segmenter import Segmenter
-from parts.options import WITH_RELATION, next_command
+from parts.options import DISTILLERS, WITH_RELATION, next_command
 from parts.runs import checkpoint
 from parts.runs.folder import check_digests, digest_of_data, read_options
 from parts.runs.trained import load_run, load_teacher
@@ -169,6 +169,8 @@ def draw_relations(run: Path, row: Row, path: Path, arguments: argparse.Namespac
     maps = []
     for epoch in epochs:
         student, options = load_run(run, epoch, arguments)
+        if not options.freeze_relation:
+            options.relation_from = None  # what it became is in the checkpoint
         distiller = nn.ModuleDict({"relation": relation_module(options, student.dim)})
         checkpoint.load_weights(checkpoint.epoch_folder(run, epoch), {"distiller": distiller})
         relation = distiller["relation"]
@@ -211,8 +213,8 @@ def read_table(path: Path) -> dict[str, list[float]]:
 def draw_curves(runs: list[Path], path: Path) -> None:
     """Draw losses, information and validation scores of all runs over the batches."""
     panels = {
-        "structure loss": ("training", {"structure": ""}),
-        "InfoSAM loss": ("training", {"infosam": ""}),
+        "loss of the masks": ("training", {"structure": "", "points": ""}),
+        "distiller's loss": ("training", dict.fromkeys(DISTILLERS, "")),
         "information in bits": (
             "training",
             {"compressed_information": "compressed", "distilled_information": "distilled"},
@@ -232,10 +234,10 @@ def draw_curves(runs: list[Path], path: Path) -> None:
         axis.grid(alpha=0.3)
         for run, color in zip(runs, colors, strict=True):
             table = read_table(run / f"{name}.csv")
-            for (column, label), style in zip(columns.items(), ("-", "--"), strict=False):
-                if column in table:
-                    text = " ".join(filter(None, (shown(run), label)))
-                    axis.plot(table["step"], table[column], style, color=color, label=text)
+            found = [item for item in columns.items() if item[0] in table]
+            for (column, label), style in zip(found, ("-", "--"), strict=False):
+                text = " ".join(filter(None, (shown(run), label)))
+                axis.plot(table["step"], table[column], style, color=color, label=text)
         if axis.lines:
             axis.legend(fontsize=7, frameon=False)
     save(figure, path)

@@ -105,11 +105,14 @@ def shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
 @torch.no_grad()
 def load_trainable_state(module: nn.Module, state: dict[str, Tensor]) -> None:
     """Load what `trainable_state` returned into a module that was adapted in the same way."""
+    # An older version called the factors of LoRA for heads so.
+    state = {name.replace(".qkv.heads.", ".qkv.parts."): value for name, value in state.items()}
     own, found = shapes(trainable_state(module)), shapes(state)
     if own != found:
-        other = sorted(name for name, _ in own.items() ^ found.items())
+        missing, others = own.keys() - found.keys(), found.keys() - own.keys()
+        example = sorted(name for name, _ in own.items() ^ found.items())[0]
         raise InputError(
-            f"the saved weights must be those that train, {len(own)}, got {len(found)} "
-            f"({other[0]}). Was the model adapted in the same way?"
+            f"the saved weights must be those that train: {len(missing)} are missing, "
+            f"{len(others)} are others ({example}). Was the model adapted in the same way?"
         )
     module.load_state_dict(state, strict=False)

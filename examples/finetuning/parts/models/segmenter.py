@@ -128,7 +128,7 @@ def load_weights(model: nn.Module, checkpoint: Path, name: str, key: str | None 
     load_state(model, weights, checkpoint, name)
 
 
-def read_weights(checkpoint: Path) -> dict[str, Any]:
+def read_weights(checkpoint: Path, option: str = "--checkpoint") -> dict[str, Any]:
     """Return what a file holds that was written by `torch.save` or by safetensors.
 
     Raises:
@@ -141,21 +141,27 @@ def read_weights(checkpoint: Path) -> dict[str, Any]:
             weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:  # each kind of damage raises an exception of its own type
         raise InputError(
-            f"--checkpoint must be a readable file, got {checkpoint}: {first_line(error)}"
+            f"{option} must be a readable file, got {checkpoint}: {first_line(error)}"
         ) from error
-    check_named(weights, checkpoint)
+    check_named(weights, checkpoint, option)
     return weights
 
 
-def check_named(weights: object, checkpoint: Path) -> None:
+def check_named(weights: object, checkpoint: Path, option: str = "--checkpoint") -> None:
     """Raise `InputError` if weights are not tensors by name."""
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-        raise InputError(f"--checkpoint must hold named tensors, got {checkpoint}")
+        raise InputError(f"{option} must hold named tensors, got {checkpoint}")
 
 
-def load_state(model: nn.Module, weights: dict[str, Any], checkpoint: Path, name: str) -> None:
+def load_state(
+    model: nn.Module,
+    weights: dict[str, Any],
+    checkpoint: Path,
+    name: str,
+    option: str = "--checkpoint",
+) -> None:
     """Load what was read from a checkpoint; arguments and errors are those of `load_weights`."""
-    check_named(weights, checkpoint)
+    check_named(weights, checkpoint, option)
     expected = {key: value.shape for key, value in model.state_dict().items()}
     found = {key: getattr(value, "shape", None) for key, value in weights.items()}
     missing = sorted(expected.keys() - found.keys())
@@ -164,7 +170,7 @@ def load_state(model: nn.Module, weights: dict[str, Any], checkpoint: Path, name
     if missing or unexpected or reshaped:
         examples = ", ".join([*reshaped[:2], *missing[:2], *unexpected[:2]])
         raise InputError(
-            f"--checkpoint must be of {name}, got {checkpoint}: {len(missing)} weights missing, "
+            f"{option} must be of {name}, got {checkpoint}: {len(missing)} weights missing, "
             f"{len(unexpected)} unexpected, {len(reshaped)} of another shape ({examples}). "
             "Is it of another size?"
         )
@@ -172,10 +178,10 @@ def load_state(model: nn.Module, weights: dict[str, Any], checkpoint: Path, name
     if wrong:
         found = weights[wrong[0]]
         raise InputError(
-            f"--checkpoint must hold dense tensors of floating point, got {checkpoint}: "
+            f"{option} must hold dense tensors of floating point, got {checkpoint}: "
             f"{len(wrong)} others ({wrong[0]}: {found.dtype}, {found.layout})"
         )
-    check_finite(weights, f"--checkpoint must hold finite weights, got {checkpoint}")
+    check_finite(weights, f"{option} must hold finite weights, got {checkpoint}")
     model.load_state_dict(weights)
 
 

@@ -53,6 +53,8 @@ WRONG = {
     "teacher_checkpoint": "--teacher-checkpoint must be that of the run's teacher",
     "model": "--model must hold the weights that the run started from",
     "teacher": "--teacher must hold the weights of the run's teacher",
+    "relation_from": "--relation-from must be the run that this one took its relation module from, "
+    "and have the same best epoch",
 }
 
 

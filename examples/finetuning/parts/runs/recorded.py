@@ -73,7 +73,9 @@ TRUTH: Rule = ("true or false", lambda value: isinstance(value, bool))
 NUMBER: Rule = ("a number from 0", lambda value: is_number(value) and value >= 0)
 BLOCKS: Rule = (
     "a list of whole numbers",
-    lambda value: isinstance(value, list) and all(type(v) is int and v >= 0 for v in value),
+    lambda value: (
+        isinstance(value, list) and len(value) > 0 and all(type(v) is int and v >= 0 for v in value)
+    ),
 )
 SPANS: Rule = (
     "a list of pairs",
@@ -136,7 +138,7 @@ def read_recorded(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not content.keys() >= needed:
         raise InputError(f"{path} is damaged, it must have {', '.join(sorted(needed))}")
     if content.pop("no_infosam", False):  # what an older version called it
-        content["distiller"] = "none"
+        content |= {"distiller": "none", "distiller_weight": DISTILLERS["none"]}
     content = LATER | content
     rules = RULES.copy()
     if content["package"] in [*MODELS]:

@@ -120,7 +120,9 @@ def load_adapters(model: nn.Module, path: Path, method: str = "adapter") -> nn.M
         model: A `Sam`, `SAM2Base`, `SamModel` or `Sam2Model` of the student's size, as the package
             builds it. It is changed in place, and its weights do not matter.
         path: What `export` wrote of the student.
-        method: The student's method, one of those that are not merged into the weights.
+        method: The student's method, one of those that are not merged into the weights. `adapter`
+            and those of SU-SAM have the same weights in other places: a file of one is not told
+            from that of another.
 
     Returns:
         The model, ready for the package's predictor.

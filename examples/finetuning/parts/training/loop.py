@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from parts.data.batches import Batch, loaders
 from parts.data.check import Report, read_data
@@ -105,9 +106,10 @@ def fit(
     # `trained` may be a wrapper around the student; what is evaluated and saved is the student.
     trained, optimizer, train, val, test = accelerator.prepare(student, optimizer, train, val, test)
     compare = distiller
-    if learns(distiller) and not isinstance(distiller, InfoSAM):
-        # The distiller of the library averages its gradients over the processes by itself.
-        compare = accelerator.prepare(distiller)
+    if options.processes > 1 and learns(distiller) and not isinstance(distiller, InfoSAM):
+        # The distiller of the library averages its gradients over the processes by itself. Others
+        # are not prepared by accelerate, which would compute them in half precision.
+        compare = DistributedDataParallel(distiller)
 
     others = {"optimizer": optimizer, "schedule": schedule}
     if accelerator.scaler is not None:
@@ -159,7 +161,7 @@ def fit(
                         # Outside of autocast, as statistics of a batch need all their digits.
                         distance = compare(teacher_pass, student_pass, batch.masks)
                         loss = loss + options.distiller_weight * distance
-                        figures |= {options.distiller: distance} | distiller.figures()
+                        figures |= {options.distiller: distance}
                     accelerator.backward(loss)
                     optimizer.step()
                     optimizer.zero_grad()
@@ -167,7 +169,11 @@ def fit(
                         schedule.step()
                 if len(figures) > 1:
                     figures["loss"] = loss
+                if distiller is not None:
+                    figures |= distiller.figures()
                 log.training(batch.index, figures, schedule.get_last_lr()[0])
+                # Layers and their graph are not to live until the next ones are there.
+                logits = figures = loss = distance = student_pass = teacher_pass = None
         seconds = (time.perf_counter() - began) / len(train)
 
         finite = checkpoint.trained_weights(epoch, modules)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from parts.errors import InputError
 from parts.models.segmenter import Segmenter, load_state, read_weights
 
+OPTION = "--hq-checkpoint"
 NEW = ("hf_token", "hf_mlp", "compress_vit_feat", "embedding_encoder", "embedding_maskfeature")
 
 
@@ -200,7 +201,9 @@ def load_hq(student: Segmenter, path: Path) -> None:
     prefix = "mask_decoder."
     new = tuple(f"{prefix}{name}." for name in NEW)
     weights = {
-        k.removeprefix(prefix): w for k, w in read_weights(path).items() if k.startswith(new)
+        k.removeprefix(prefix): w
+        for k, w in read_weights(path, OPTION).items()
+        if k.startswith(new)
     }
     added = nn.ModuleDict({name: getattr(student.decoder, name) for name in NEW})
-    load_state(added, weights, path, "an HQ-SAM of the student's size")
+    load_state(added, weights, path, "an HQ-SAM of the student's size", OPTION)
