@@ -42,7 +42,8 @@ from parts.runs.recorded import LATER
 from renyi_kd import RelationModule
 
 BATCH = 4
-FAST = {"sam": {*KINDS}, "sam2": set(), "transformers-sam": {"semckd"}}
+HEAVY = {"semckd", "reviewkd"}  # of many weights, on the smallest model
+FAST = {"sam": {*KINDS} - HEAVY, "sam2": set(), "transformers-sam": HEAVY}
 FAST["transformers-sam2"] = {"vid"}
 # These compare the images of a batch, or say how unlikely the teacher is, so they are not zero.
 NOT_ZERO = ("infosam", "ibd", "vid", "semckd", "reviewkd")
