@@ -12,18 +12,18 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from measure import DEVICE, peak_memory, synchronize
+from measure import DEVICE, in_turns, peak_memory
 from renyi_kd import rbf_kernel, renyi_mutual_information
 from run import device_name
+from textbook import entropy_by_eigenvalues
 
 FOLDER = Path(__file__).parent
 SIZES, DIMENSIONS, ALPHAS = [16, 64, 256, 512, 1024], [8, 64, 256, 2048], [1.01, 2.0, 3.0]
@@ -89,7 +89,7 @@ def entropy_by_hand(gram: Tensor, alpha: float) -> Tensor:
     """Eq. 1, at order 2 by a sum of squares."""
     if alpha == 2:
         return -gram.square().sum().log2()
-    return torch.linalg.eigvalsh(gram).clamp(min=0).pow(alpha).sum().log2() / (1 - alpha)
+    return entropy_by_eigenvalues(gram, alpha)
 
 
 def exact_information(samples: Pair, bandwidth: float, alpha: float) -> Tensor:
@@ -124,21 +124,13 @@ def measure(n: int, d: int, alpha: float, rounds: int) -> Row:
         return [bits.detach(), *torch.autograd.grad(bits, leaves)]
 
     sides = {"by hand": information_by_hand, "ours": our_information}
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds + 1):
-        for name, information in sides.items():
-            synchronize()
-            began = perf_counter()
-            step(information, samples)
-            synchronize()
-            if turn:  # the first one warms up
-                times[name].append(perf_counter() - began)
+    times = in_turns({name: partial(step, f, samples) for name, f in sides.items()}, rounds)
     exact = step(exact_information, [x.detach().double().requires_grad_() for x in samples])
     found = {name: step(information, samples) for name, information in sides.items()}
     errors = [abs((found[name][0].double() - exact[0]).item()) for name in sides]
     slopes = [relative(found[name][1:], exact[1:]) for name in sides]
-    memory = [peak_memory(lambda f=f: step(f, samples)) for f in sides.values()]
-    return Row(n, d, alpha, *(median(t) for t in times.values()), *memory, *errors, *slopes)
+    memory = [peak_memory(partial(step, f, samples)) for f in sides.values()]
+    return Row(n, d, alpha, *times.values(), *memory, *errors, *slopes)
 
 
 def relative(found: list[Tensor], exact: list[Tensor]) -> float:

@@ -16,12 +16,9 @@ from __future__ import annotations
 import argparse
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 
 import torch
 from segment_anything import sam_model_registry
@@ -30,7 +27,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "finetuning"))
 
-from measure import DEVICE, bandwidth, peak_memory, synchronize
+from measure import DEVICE, bandwidth, in_turns, peak_memory
 from parts.data.frame import Frame
 from parts.data.prompts import Prompts
 from parts.distillers.base import EMBEDDING, LAYERS, LOGITS, TOKENS, Pass
@@ -188,26 +185,6 @@ def trained_of_vit_b(method: str) -> int:
         model = SegmentAnything(sam_model_registry["vit_b"](), Frame(1024, keep_aspect=True), 256)
         adapt(model, method, targets=["qkv"])
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def in_turns(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Return the median time of each step, all of which take turns."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):
-        for name, step in steps.items():
-            with timed(times[name] if turn else []):  # the first turn warms up
-                step()
-    return {name: median(found) for name, found in times.items()}
-
-
-@contextmanager
-def timed(times: list[float]) -> Iterator[None]:
-    """Append the time that the block takes."""
-    synchronize()
-    began = perf_counter()
-    yield
-    synchronize()
-    times.append(perf_counter() - began)
 
 
 if __name__ == "__main__":

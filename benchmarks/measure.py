@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -38,6 +38,20 @@ def bandwidth(megabytes: int = 512) -> float:
         synchronize()
         times.append((perf_counter() - start) / 5)
     return 2 * source.nbytes / median(times)
+
+
+def in_turns(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Seconds of each step, medians of rounds in which all of them take turns."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds + 1):
+        for name, step in steps.items():
+            synchronize()
+            start = perf_counter()
+            step()
+            synchronize()
+            if turn:  # the first one warms up
+                times[name].append(perf_counter() - start)
+    return {name: median(found) for name, found in times.items()}
 
 
 def peak_memory(step: Callable[[], object]) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from parts.distillers.base import EMBEDDING, LAYERS, LOGITS, Distiller
@@ -25,7 +23,7 @@ from parts.distillers.vid import VID
 from parts.errors import InputError
 from parts.files import digest
 from parts.models.segmenter import Segmenter, check_finite
-from parts.runs.checkpoint import best_weights, damaged
+from parts.runs.checkpoint import best_weights, read_tensors
 
 KINDS: dict[str, type[Distiller] | type[InfoSAM]] = {
     "infosam": InfoSAM,
@@ -166,10 +164,7 @@ def load_relation(options: argparse.Namespace, relation: nn.Module) -> None:
         path = best_weights(options.relation_from, "distiller")
     except InputError as error:
         raise InputError(f"--relation-from: {error}") from error
-    try:
-        saved = load_file(path) if path.exists() else {}
-    except (SafetensorError, OSError) as error:
-        raise damaged(path, error) from error
+    saved = read_tensors(path) if path.exists() else {}
     found = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
     expected = {name: tuple(value.shape) for name, value in relation.state_dict().items()}
     shapes = {name: tuple(value.shape) for name, value in found.items()}
@@ -180,8 +175,6 @@ def load_relation(options: argparse.Namespace, relation: nn.Module) -> None:
             f"{options.relation} of this width, got {options.relation_from}: "
             f"{len(wrong)} weights are others ({wrong[0]} is {shapes.get(wrong[0], 'missing')}, "
             f"must be {expected.get(wrong[0], 'left out')})"
-            if wrong
-            else f"--relation {options.relation} has no weights to take from --relation-from"
         )
     check_finite(found, f"--relation-from must hold finite weights, got {path}")
     relation.load_state_dict(found)

@@ -62,9 +62,7 @@ class Segmenter(nn.Module):
 
     def channels(self, block: int) -> int:
         """Return the channels of a block's output."""
-        module = self.blocks[block]
-        norm = module.norm2 if hasattr(module, "norm2") else module.layer_norm2
-        return norm.normalized_shape[0]
+        return second_norm(self.blocks[block]).normalized_shape[0]
 
     def encode(self, images: Tensor) -> list[Tensor]:
         """Return what the decoder needs of images (B, 3, size, size), the image embedding last."""
@@ -81,6 +79,11 @@ class Segmenter(nn.Module):
     def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
         """Return mask logits (B, h, w) for images (B, 3, size, size) with one prompt each."""
         return self.decode(self.encode(images), prompts)
+
+
+def second_norm(block: nn.Module) -> nn.LayerNorm:
+    """Return the LayerNorm before the MLP of a transformer block."""
+    return block.norm2 if hasattr(block, "norm2") else block.layer_norm2
 
 
 def build(package: str, name: str, weights: Path | None) -> Segmenter:

@@ -129,17 +129,26 @@ def load_weights(checkpoint: Path, modules: Modules) -> None:
     """
     for name, module in modules.items():
         path = checkpoint / f"{name}.safetensors"
-        try:
-            state = load_file(path)
-        except PermissionError:
-            raise
-        except (SafetensorError, OSError) as error:
-            raise damaged(path, error) from error
+        state = read_tensors(path)
         check_finite(state, f"{path} must hold finite weights")
         try:
             load_trainable_state(module, state)
         except ValueError as error:
             raise InputError(f"{path}: {error}") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the weights of a module, as `save` wrote them.
+
+    Raises:
+        InputError: If the file is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except PermissionError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise damaged(path, error) from error
 
 
 def epoch_folder(folder: Path, epoch: int) -> Path:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parts.errors import InputError
+from parts.models.segmenter import second_norm
 
 
 class Adapter(nn.Module):
@@ -117,11 +118,6 @@ def put(layer: nn.Module, norm: nn.LayerNorm, hook: Callable, scale: float) -> N
 def transformer_blocks(encoder: nn.Module) -> list[nn.Module]:
     """Return the blocks of an encoder, which all four families build of the same four layers."""
     return [block for block in encoder.modules() if hasattr(block, "attn")]
-
-
-def second_norm(block: nn.Module) -> nn.LayerNorm:
-    """Return the LayerNorm before the MLP."""
-    return block.norm2 if hasattr(block, "norm2") else block.layer_norm2
 
 
 def changes_shape(block: nn.Module) -> bool:
