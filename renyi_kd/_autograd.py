@@ -1,6 +1,6 @@
 """Which derivatives a custom gradient serves: a first one, backwards."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeAlias
 
@@ -24,6 +24,23 @@ def needs_plain_formulas(*tensors: Tensor) -> bool:
         forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
         for tensor in tensors
     )
+
+
+def gradients_by_operators(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_output: Tensor
+) -> list[Tensor | None]:
+    """Return the gradients of a function of PyTorch's own operators, which have gradients too.
+
+    A custom gradient returns them where it is to be differentiated again. An input may depend on
+    another: each gradient is that of its own argument alone.
+    """
+    learns = [x.requires_grad for x in inputs]
+    with torch.enable_grad():
+        arguments = [x.view_as(x) for x in inputs]
+        output = function(*arguments)
+    asked = [argument for argument, learn in zip(arguments, learns, strict=True) if learn]
+    found = iter(torch.autograd.grad(output, asked, grad_output, create_graph=True))
+    return [next(found) if learn else None for learn in learns]
 
 
 def first_derivative_only(backward: Backward) -> Backward:

@@ -1,7 +1,7 @@
 """Entropies and mutual information from Gram matrices, in bits.
 
 This half of the library knows nothing of a loss. Its files, each of which imports only those before
-it: kernels, samples, routes (the ways to compute an entropy), entropy, estimates.
+it: products, distances, rbf, kernels, samples, routes (the ways to compute an entropy), entropy, estimates.
 """
 
 from renyi_kd.information.entropy import (

@@ -10,8 +10,6 @@ Results have the promoted dtype of the arguments, at least float32.
 """
 
 from collections.abc import Sequence
-from functools import reduce
-from operator import add, mul
 
 from torch import Tensor
 
@@ -23,7 +21,7 @@ from renyi_kd._checks import (
 )
 from renyi_kd._precision import compute_dtype
 from renyi_kd.information.kernels import Subset
-from renyi_kd.information.routes.choice import Method, joint_entropies
+from renyi_kd.information.routes.choice import Method, sum_of_entropies
 from renyi_kd.information.routes.tiles import Progress, check_progress
 from renyi_kd.information.samples import Gram, SampleGram
 
@@ -258,11 +256,8 @@ def _sum_of_entropies(
     """Return the sum of joint entropies of subsets of `grams`, each times its sign."""
     alpha = check_alpha(alpha)
     check_progress(progress)
-    signs, subsets = zip(*terms, strict=True)
-    entropies = joint_entropies(grams, subsets, alpha, method, progress)
     # The sum is in float64, since differences of entropies need all their digits.
-    bits: Tensor = reduce(add, map(mul, signs, entropies))
-    return bits.to(compute_dtype(*grams))
+    return sum_of_entropies(grams, terms, alpha, method, progress).to(compute_dtype(*grams))
 
 
 def check_variables(**groups: Sequence[Gram]) -> tuple[list[Gram], list[Subset]]:

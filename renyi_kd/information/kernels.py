@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from renyi_kd._autograd import needs_plain_formulas
 from renyi_kd._checks import (
     check_batch_dimensions,
     check_floating,
@@ -22,7 +21,9 @@ from renyi_kd._checks import (
     check_real,
     check_same_device,
 )
-from renyi_kd._precision import compute_dtype
+from renyi_kd._precision import compute_dtype, exact_dtype
+from renyi_kd.information.distances import distances, median_distance
+from renyi_kd.information.rbf import rbf_gram, scaled_samples
 
 Bandwidth: TypeAlias = float | Tensor
 # The numbers of the matrices whose joint is meant.
@@ -111,8 +112,13 @@ def rbf_kernel(x: Tensor, y: Tensor | None = None, *, bandwidth: Bandwidth | Non
                 [0.6065, 1.0000]])
     """
     dtype = check_samples(x, y)
-    distances = _distances_in_bandwidths(x, y, order=2.0, bandwidth=bandwidth)
-    return (distances.square() / -2).exp().to(dtype)
+    bandwidth = check_bandwidth(x, bandwidth)
+    if bandwidth is None:
+        bandwidth = median_distance(x, order=2.0)
+    if y is None:
+        return rbf_gram(scaled_samples(x.to(dtype), bandwidth))
+    between = _exact_distances(x, y, order=2.0) / bandwidth
+    return (between.square() / -2).exp().to(dtype)
 
 
 def laplacian_kernel(
@@ -142,8 +148,11 @@ def laplacian_kernel(
                 [0.3679, 1.0000]])
     """
     dtype = check_samples(x, y)
-    distances = _distances_in_bandwidths(x, y, order=1.0, bandwidth=bandwidth)
-    return (-distances).exp().to(dtype)
+    bandwidth = check_bandwidth(x, bandwidth)
+    if bandwidth is None:
+        bandwidth = median_distance(x, order=1.0)
+    between = _exact_distances(x, x if y is None else y, order=1.0) / bandwidth
+    return (-between).exp().to(dtype)
 
 
 def normalized_kernel(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -234,6 +243,18 @@ def hadamard_product(values: Sequence[Tensor], subset: Iterable[int]) -> Tensor:
     return reduce(mul, (values[number] for number in subset))
 
 
+def signed_sum(signs: Iterable[int], values: Iterable[Tensor]) -> Tensor:
+    """Return the sum of the values, each times its sign."""
+    total: Tensor | None = None
+    for sign, value in zip(signs, values, strict=True):
+        if total is None:
+            total = value if sign == 1 else sign * value
+        else:
+            total = torch.add(total, value, alpha=sign)
+    assert total is not None
+    return total
+
+
 def joint_gram(grams: Sequence[Tensor]) -> Tensor:
     """Return the Hadamard product of Gram matrices, of trace one, in float64 (Eq. 2 and 16)."""
     joint = reduce(mul, map(trace_one, grams))
@@ -242,38 +263,9 @@ def joint_gram(grams: Sequence[Tensor]) -> Tensor:
 
 def inner_products(x: Tensor, y: Tensor | None = None) -> Tensor:
     """Return what `linear_kernel` does, in float64 and without checks."""
-    x = x.double()  # converted once, so that backward keeps one copy of it and not two
-    return x @ (x if y is None else y.double()).mT
-
-
-def distances(x: Tensor, y: Tensor, order: float) -> Tensor:
-    """Return the distances between samples in the norm of this order, shape `(..., n, m)`."""
-    if needs_plain_formulas(x, y):
-        return _distances_by_operators(x, y, order)
-    # By default cdist expands |x - y|^2 to |x|^2 - 2xy + |y|^2, which cancels the digits of
-    # near-duplicate samples.
-    return torch.cdist(x, y, p=order, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _distances_by_operators(x: Tensor, y: Tensor, order: float) -> Tensor:
-    """Do what `distances` does, by operators that have all derivatives. Those of cdist are few."""
-    differences = x.unsqueeze(-2) - y.unsqueeze(-3)
-    if order == 1:
-        return differences.abs().sum(dim=-1)
-    squares = differences.square().sum(dim=-1)
-    # The slope of a root is infinite at zero. As in cdist it counts as zero there.
-    zero = squares == 0
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, squares).sqrt())
-
-
-def median_distance(x: Tensor, order: float) -> Tensor:
-    """Return the bandwidth that kernels use by default, detached, shape `(..., 1, 1)` or `()`.
-
-    It is the median distance over all pairs of different samples, and 1 if that is zero or there
-    is no pair.
-    """
-    x = x.detach().double()
-    return _median_over_pairs(distances(x, x, order))
+    dtype = exact_dtype(x.device)
+    x = x.to(dtype)  # converted once, so that backward keeps one copy of it and not two
+    return x @ (x if y is None else y.to(dtype)).mT
 
 
 def check_samples(x: Tensor, y: Tensor | None = None) -> torch.dtype:
@@ -297,47 +289,28 @@ def check_samples(x: Tensor, y: Tensor | None = None) -> torch.dtype:
     return compute_dtype(x, y)
 
 
-def _distances_in_bandwidths(
-    x: Tensor, y: Tensor | None, *, order: float, bandwidth: Bandwidth | None
-) -> Tensor:
-    if isinstance(bandwidth, Tensor):
-        if not bandwidth.is_floating_point():
-            raise TypeError(
-                f"`bandwidth` must have a floating-point dtype, got {bandwidth.dtype}. "
-                f"Convert it by `.float()`."
-            )
-        check_floating("bandwidth", bandwidth)
-        if bandwidth.ndim and bandwidth.shape[-2:] != (1, 1):
-            raise ValueError(
-                f"`bandwidth` must be a number, or a tensor of shape () or (..., 1, 1), one for "
-                f"each matrix of a batch, got shape {tuple(bandwidth.shape)}."
-            )
-        check_same_device(x=x, bandwidth=bandwidth)
-        check_batch_dimensions((x, bandwidth))
-    elif bandwidth is not None:
-        bandwidth = check_real("bandwidth", bandwidth, minimum=0, exclusive=True)
-    double = x.double()
-    between = distances(double, double if y is None else y.double(), order)
-    if bandwidth is not None:
-        return between / bandwidth
-    # The median is over the pairs of x. Without y their distances are already known.
-    median = _median_over_pairs(between.detach()) if y is None else median_distance(x, order)
-    return between / median
+def check_bandwidth(x: Tensor, bandwidth: Bandwidth | None) -> Bandwidth | None:
+    """Return `bandwidth`, a number as a float. Raise unless it can be one for the samples `x`."""
+    if bandwidth is None:
+        return None
+    if not isinstance(bandwidth, Tensor):
+        return check_real("bandwidth", bandwidth, minimum=0, exclusive=True)
+    if not bandwidth.is_floating_point():
+        raise TypeError(
+            f"`bandwidth` must have a floating-point dtype, got {bandwidth.dtype}. "
+            f"Convert it by `.float()`."
+        )
+    check_floating("bandwidth", bandwidth)
+    if bandwidth.ndim and bandwidth.shape[-2:] != (1, 1):
+        raise ValueError(
+            f"`bandwidth` must be a number, or a tensor of shape () or (..., 1, 1), one for "
+            f"each matrix of a batch, got shape {tuple(bandwidth.shape)}."
+        )
+    check_same_device(x=x, bandwidth=bandwidth)
+    check_batch_dimensions((x, bandwidth))
+    return bandwidth
 
 
-def _median_over_pairs(between: Tensor) -> Tensor:
-    n = between.shape[-1]
-    if n == 1:
-        return between.new_ones(())
-    if torch.compiler.is_compiling():
-        # Indices would make n constant. So all entries are sorted: n zeros of the diagonal, and
-        # each pair twice, whose median is between the two in the middle.
-        entries = between.flatten(-2).sort(dim=-1).values
-        middle = torch.arange(2, device=between.device) + (n + n * (n - 1) // 2 - 1)
-        median = entries.index_select(-1, middle).mean(dim=-1)
-    else:
-        rows, columns = torch.triu_indices(n, n, offset=1, device=between.device)
-        pairs = between[..., rows, columns].sort(dim=-1).values
-        count = pairs.shape[-1]
-        median = (pairs[..., (count - 1) // 2] + pairs[..., count // 2]) / 2
-    return torch.where(median == 0, 1.0, median)[..., None, None]
+def _exact_distances(x: Tensor, y: Tensor, order: float) -> Tensor:
+    dtype = exact_dtype(x.device)
+    return distances(x.to(dtype), y.to(dtype), order)

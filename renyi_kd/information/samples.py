@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from renyi_kd._checks import check_flag
-from renyi_kd._precision import compute_dtype
+from renyi_kd._precision import compute_dtype, exact_dtype
 from renyi_kd.information.kernels import (
+    check_bandwidth,
     check_samples,
     laplacian_kernel,
     linear_kernel,
@@ -88,6 +89,10 @@ class SampleGram:
 
     def _check_kernel(self) -> None:
         """Try the kernel on a single sample, so that a wrong one fails here."""
+        if self.kernel is rbf_kernel and self.kernel_options.keys() <= {"bandwidth"}:
+            bandwidth = check_bandwidth(self.x, self.kernel_options.get("bandwidth"))
+            if not (isinstance(bandwidth, Tensor) and bandwidth.requires_grad):
+                return
         first = self.x.detach()[..., :1, :]
         with torch.enable_grad():
             entry = self.kernel(first, first, **self.kernel_options)
@@ -140,8 +145,9 @@ class SampleGram:
         return self.x.device
 
     def matrix(self) -> Tensor:
-        """Make the Gram matrix, in float64, shape `(..., n, n)`."""
-        return self.kernel(self.x.double(), **self.kernel_options)
+        """Make the Gram matrix, shape `(..., n, n)`: of an RBF kernel in its dtype, else in float64."""
+        x = self.x if self.kernel is rbf_kernel else self.x.to(exact_dtype(self.device))
+        return self.kernel(x, **self.kernel_options)
 
 
 def _of_unit_length(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The ways to the trace of a power of a Gram matrix, from which its entropy follows.
 
 The files, each of which imports only those before it:
-tiles, frobenius, powers, eigenvalues, dual, choice (which of the former serves), quadrature,
-lanczos. The last two make estimates.
+tiles, frobenius, gaussian, joints, powers, eigenvalues, dual, choice (which of the former serves),
+quadrature, lanczos. The last two make estimates.
 """

@@ -1,6 +1,8 @@
 """Which route serves which entropies."""
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -8,16 +10,22 @@ from torch import Tensor
 
 from renyi_kd._autograd import needs_plain_formulas
 from renyi_kd._precision import compute_dtype, ieee_dtype
-from renyi_kd.information.kernels import Subset, joint_gram
+from renyi_kd.information.kernels import Subset, joint_gram, signed_sum
 from renyi_kd.information.routes.dual import (
     dual_error,
     dual_matrix,
     has_dual,
     order_2_entropy_of_dual,
 )
-from renyi_kd.information.routes.eigenvalues import entropy_from_eigenvalues
-from renyi_kd.information.routes.frobenius import entropies_of_matrices, entropies_of_samples
-from renyi_kd.information.routes.powers import MAX_POWER, entropy_by_powers, trace_of_power
+from renyi_kd.information.routes.eigenvalues import SMALL, entropy_from_eigenvalues
+from renyi_kd.information.routes.frobenius import entropies_of_samples, sum_of_entropies_of_matrices
+from renyi_kd.information.routes.gaussian import are_rbf, sum_of_entropies_of_rbf
+from renyi_kd.information.routes.joints import Entropy, sum_over_joints
+from renyi_kd.information.routes.powers import (
+    MAX_POWER,
+    entropy_and_gradient_by_powers,
+    entropy_by_powers,
+)
 from renyi_kd.information.routes.tiles import Progress
 from renyi_kd.information.samples import Gram, SampleGram, as_matrix
 
@@ -28,8 +36,11 @@ _METHODS: tuple[str, ...] = get_args(Method)
 # of samples need no matrix.
 LARGE = 512
 
-# The largest order whose products may be float32. The largest eigenvalue of a scaled matrix lies
-# between 1 / sqrt(n) and sqrt(n), and to this power it stays within the range.
+# From this n on order 2 of given matrices is faster tile by tile, with fewer copies of them.
+_TILES = 128
+
+# The largest order whose products may be float32. The largest eigenvalue of a matrix of trace one
+# lies between 1 / n and one, and to this power it stays within the range.
 _MAX_FLOAT32_POWER = 8
 
 
@@ -66,7 +77,8 @@ def trace_one_entropy(
     """Return the Rényi entropy of matrices of trace one, in bits.
 
     Args:
-        matrix: symmetric positive semi-definite, of trace one, float64, shape `(..., n, n)`.
+        matrix: symmetric positive semi-definite, of trace one, float64, or float32 for powers, shape
+            `(..., n, n)`.
         alpha: order > 0, 1 and infinity included.
         method: see `renyi_entropy`.
         epsilon: relative rounding error of the entries, see `entropy_from_eigenvalues`.
@@ -76,44 +88,43 @@ def trace_one_entropy(
     """
     if choose_method(alpha, method) == "eigvalsh":
         return entropy_from_eigenvalues(matrix, alpha, epsilon=epsilon)
-    return trace_of_power(matrix, int(alpha)).log2() / (1 - alpha)
+    return entropy_by_powers(matrix, int(alpha))
 
 
-def joint_entropies(
+def sum_of_entropies(
     grams: Sequence[Gram],
-    subsets: Sequence[Subset],
+    terms: Sequence[tuple[int, Subset]],
     alpha: float,
     method: Method | None,
     progress: Progress | None,
-) -> list[Tensor]:
-    """Return joint entropies of subsets of Gram matrices, each by the first route that serves.
+) -> Tensor:
+    """Return a sum of joint entropies, each by the first route that serves.
 
     Args:
         grams: `n x n` each; leading dimensions broadcast.
-        subsets: for each entropy the numbers of the matrices it is of.
+        terms: for each entropy its sign and the numbers of the matrices it is of.
         alpha: Rényi order.
         method: see `renyi_entropy`.
         progress: see `renyi_entropy`.
 
     Returns:
-        Entropies in bits, float64, shape `(...)` each.
+        The sum in bits, float64, shape `(...)`.
     """
     method = choose_method(alpha, method)
-    found: dict[Subset, Tensor] = {}
-    for subset in subsets:
+    parts, rest = [], []
+    for sign, subset in terms:
         samples = [gram for gram in (grams[v] for v in subset) if isinstance(gram, SampleGram)]
         if len(samples) == len(subset) and has_dual(samples):
-            found[subset] = _entropy_by_dual(samples, alpha, method)
-    rest = [subset for subset in subsets if subset not in found]
+            parts.append(sign * _entropy_by_dual(samples, alpha, method))
+        else:
+            rest.append((sign, subset))
     if rest:
         # Kernels that the dual alone served are left out: their matrices may be too large to make.
-        needed = sorted({v for subset in rest for v in subset})
-        renumbered = [tuple(needed.index(v) for v in subset) for subset in rest]
-        entropies = _entropies_without_dual(
-            [grams[v] for v in needed], renumbered, alpha, method, progress
-        )
-        found.update(zip(rest, entropies, strict=True))
-    return [found[subset] for subset in subsets]
+        needed = sorted({v for _, subset in rest for v in subset})
+        renumbered = [(sign, tuple(needed.index(v) for v in subset)) for sign, subset in rest]
+        of_needed = [grams[v] for v in needed]
+        parts.append(_sum_without_dual(of_needed, renumbered, alpha, method, progress))
+    return reduce(add, parts)
 
 
 def _entropy_by_dual(grams: Sequence[SampleGram], alpha: float, method: Method) -> Tensor:
@@ -123,44 +134,88 @@ def _entropy_by_dual(grams: Sequence[SampleGram], alpha: float, method: Method) 
     return trace_one_entropy(dual, alpha, method, epsilon=dual_error(grams))
 
 
-def _entropies_without_dual(
+def _sum_without_dual(
     grams: Sequence[Gram],
-    subsets: Sequence[Subset],
+    terms: Sequence[tuple[int, Subset]],
     alpha: float,
     method: Method,
     progress: Progress | None,
-) -> Sequence[Tensor]:
+) -> Tensor:
+    signs, subsets = zip(*terms, strict=True)
     tensors = [gram.x if isinstance(gram, SampleGram) else gram for gram in grams]
     custom = not needs_plain_formulas(*tensors)
+    # torch.compile fuses the plain operators, which is as good. It must not even compare the size,
+    # or it would compile again for the larger ones.
+    custom = custom and not torch.compiler.is_compiling()
     samples = [gram for gram in grams if isinstance(gram, SampleGram)]
-    by_tiles = custom and method == "frobenius" and len(samples) == len(grams)
-    if by_tiles and grams[0].shape[-1] >= LARGE:
-        return entropies_of_samples(samples, subsets, progress).unbind()
+    if custom and method == "frobenius" and len(samples) == len(grams):
+        if are_rbf(samples):
+            return sum_of_entropies_of_rbf(samples, signs, subsets, progress)
+        if grams[0].shape[-1] >= LARGE:
+            return signed_sum(signs, entropies_of_samples(samples, subsets, progress))
     matrices = [as_matrix(gram) for gram in grams]
-    # torch.compile fuses the plain operators, which is as good as going by tiles. It must not even
-    # compare the size, or it would compile again for the larger ones.
-    large = custom and not torch.compiler.is_compiling() and grams[0].shape[-1] >= LARGE
-    alike = all(matrix.shape == matrices[0].shape for matrix in matrices)
-    if method == "frobenius" and large and alike:
-        return entropies_of_matrices(matrices, subsets).unbind()
+    if custom and method == "frobenius" and grams[0].shape[-1] >= _TILES:
+        return sum_of_entropies_of_matrices(_of_one_shape(matrices), signs, subsets)
     errors = [
         # Samples are taken as they are; the entries of a given matrix have been rounded.
         torch.finfo(torch.float64 if isinstance(gram, SampleGram) else compute_dtype(gram)).eps
         for gram in grams
     ]
+    of_subsets = [max(errors[v] for v in subset) for subset in subsets]
+    if custom:
+        matrices = _of_one_shape(matrices)
+        parts = []
+        for epsilon in dict.fromkeys(of_subsets):
+            terms = zip(signs, subsets, of_subsets, strict=True)
+            some = [(sign, subset) for sign, subset, own in terms if own == epsilon]
+            parts.append(_sum_over_joints(matrices, some, alpha, method, epsilon))
+        return reduce(add, parts)
     entropies = []
-    for subset in subsets:
-        if method == "power" and large and len(subset) == 1:
-            entropies.append(_entropy_of_large_matrix(matrices[subset[0]], int(alpha)))
-        else:
-            joint = joint_gram([matrices[v] for v in subset])
-            epsilon = max(errors[v] for v in subset)
-            entropies.append(trace_one_entropy(joint, alpha, method, epsilon=epsilon))
-    return entropies
+    for subset, epsilon in zip(subsets, of_subsets, strict=True):
+        joint = joint_gram([matrices[v] for v in subset])
+        entropies.append(trace_one_entropy(joint, alpha, method, epsilon=epsilon))
+    return signed_sum(signs, entropies)
 
 
-def _entropy_of_large_matrix(matrix: Tensor, alpha: int) -> Tensor:
-    products = ieee_dtype(matrix.dtype, matrix.device)
-    return entropy_by_powers(
-        matrix, alpha, products if alpha <= _MAX_FLOAT32_POWER else torch.float64
-    )
+def _sum_over_joints(
+    matrices: Sequence[Tensor],
+    terms: Sequence[tuple[int, Subset]],
+    alpha: float,
+    method: Method,
+    epsilon: float,
+) -> Tensor:
+    def value(joints: Tensor) -> Tensor:
+        return trace_one_entropy(joints, alpha, method, epsilon=epsilon)
+
+    def value_and_gradient(joints: Tensor) -> tuple[Tensor, Tensor]:
+        if method != "eigvalsh":
+            return entropy_and_gradient_by_powers(joints, int(alpha))
+        with torch.enable_grad():
+            joints = joints.detach().requires_grad_()
+            if joints.is_cuda and joints.shape[-1] > SMALL:
+                # CUDA decomposes a stack of such matrices more slowly than one after the other.
+                bits = torch.stack([value(joint) for joint in joints.unbind()])
+            else:
+                bits = value(joints)
+            (gradient,) = torch.autograd.grad(bits.sum(), joints)
+        along = (gradient * joints.detach()).sum(dim=-1).sum(dim=-1)
+        gradient.diagonal(dim1=-2, dim2=-1).sub_(along.unsqueeze(-1))
+        return bits.detach(), gradient
+
+    signs, subsets = zip(*terms, strict=True)
+    entropy = Entropy(value, value_and_gradient)
+    dtype = _dtype_of_joints(matrices, alpha, method)
+    return sum_over_joints(matrices, signs, subsets, entropy, dtype)
+
+
+def _dtype_of_joints(matrices: Sequence[Tensor], alpha: float, method: Method) -> torch.dtype:
+    n = matrices[0].shape[-1]
+    if method != "power" or n < LARGE or alpha > _MAX_FLOAT32_POWER:
+        return torch.float64
+    return ieee_dtype(compute_dtype(*matrices), matrices[0].device)
+
+
+def _of_one_shape(matrices: Sequence[Tensor]) -> Sequence[Tensor]:
+    if all(matrix.shape == matrices[0].shape for matrix in matrices):
+        return matrices
+    return torch.broadcast_tensors(*matrices)  # type: ignore[no-untyped-call]

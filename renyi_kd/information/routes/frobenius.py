@@ -8,47 +8,59 @@ reads or evaluates each matrix once, collects the norms of all joints that are a
 large as a matrix is written but the gradient of one that is given as a matrix.
 """
 
-from collections.abc import Iterable, Sequence
-from functools import reduce
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial, reduce
 from operator import add
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from renyi_kd._autograd import first_derivative_only
-from renyi_kd.information.kernels import Subset, hadamard_product, inverse_trace
+from renyi_kd._autograd import (
+    first_derivative_only,
+    gradients_by_operators,
+    needs_plain_formulas,
+)
+from renyi_kd._precision import compute_dtype
+from renyi_kd.information.kernels import (
+    Subset,
+    hadamard_product,
+    joint_gram,
+    signed_sum,
+)
+from renyi_kd.information.products import upper_tiles
 from renyi_kd.information.routes.tiles import (
     Evaluate,
     Progress,
-    Tile,
     each_tile,
     from_rows_and_columns,
     gradients_of_samples,
     rows_and_columns,
     tiled_kernels,
-    upper_tiles,
 )
 from renyi_kd.information.samples import SampleGram
 
-# The width of a tile of given matrices. On a CPU some and their products, in float64, should
-# fit into a core's cache; on a GPU each tile costs launches.
+# The width of a tile of given matrices. On a CPU some and their products should fit into a core's
+# cache; on a GPU each tile costs launches.
 _WIDTH, _WIDTH_ON_GPU = 256, 4096
 
-
-def entropies_of_matrices(grams: Sequence[Tensor], subsets: Sequence[Subset]) -> Tensor:
-    """Return joint entropies of order 2 of large Gram matrices.
+def sum_of_entropies_of_matrices(
+    grams: Sequence[Tensor], signs: Sequence[int], subsets: Sequence[Subset]
+) -> Tensor:
+    """Return a sum of joint entropies of order 2 of Gram matrices, each times its sign.
 
     Args:
         grams: positive semi-definite, all of one shape `(..., n, n)`. The symmetric part of each is
             taken.
+        signs: of the entropies.
         subsets: for each entropy the numbers of the matrices it is of.
 
     Returns:
-        Entropies in bits, float64, shape `(len(subsets), ...)`. They have second derivatives.
+        The sum in bits, float64, shape `(...)`. It has second derivatives.
     """
-    norms, traces = _NormsAndTraces.apply(subsets, *grams)
-    return _entropies_from_norms(norms, traces)
+    total: Tensor = _SumOfEntropies.apply(signs, subsets, *grams)
+    return total
 
 
 def entropies_of_samples(
@@ -68,47 +80,24 @@ def entropies_of_samples(
     evaluate = [matrix.evaluate for matrix in matrices]
     norms = _NormsOfSamples.apply(subsets, evaluate, progress, *rows_and_columns(matrices))
     traces = [hadamard_product(diagonals, subset).sum(dim=-1) for subset in subsets]
-    return _entropies_from_norms(norms, torch.stack(traces))
+    return -(norms / torch.stack(traces).square()).log2()
 
 
-def _entropies_from_norms(squared_norms: Tensor, traces: Tensor) -> Tensor:
-    zero = (squared_norms == 0) & (traces == 0)
-    ratio = torch.where(zero, 1.0, squared_norms) / torch.where(zero, 1.0, traces).square()
-    return -ratio.log2()
+def _squared_norm(matrix: Tensor) -> Tensor:
+    """Return the sum of the squares of the entries, in float64, shape `(...)`."""
+    return matrix.square().sum(dim=-1).sum(dim=-1, dtype=torch.float64)
 
 
-def _squared_norms(tiles: Sequence[Tensor], subsets: Sequence[Subset]) -> Tensor:
-    """Return the squared norm of each Hadamard product of `tiles`, shape `(len(subsets), ...)`."""
-    products = [hadamard_product(tiles, subset).flatten(-2) for subset in subsets]
-    return torch.stack([torch.linalg.vecdot(product, product) for product in products])
-
-
-def _gradients_of_tiles(
-    tiles: Sequence[Tensor],
-    subsets: Sequence[Subset],
-    grad_norms: Tensor,
-    wanted: Iterable[int],
-) -> dict[int, Tensor]:
-    """Return the gradients of the `wanted` tiles, from those of their `_squared_norms`."""
-    # The square of a product is the product of squares, and the derivative of a square is twice the
-    # tile.
-    squares = [tile.square() for tile in tiles] if len(tiles) > 1 else tiles
-    grad_products = 2 * grad_norms[..., None, None]
-    return {v: _derivative(v, squares, subsets, grad_products) * tiles[v] for v in wanted}
-
-
-def _derivative(
-    v: int, factors: Sequence[Tensor], subsets: Sequence[Subset], grad_products: Tensor
+def _gradient_of_factor(
+    v: int, factors: Sequence[Tensor], subsets: Sequence[Subset], gradients: Sequence[Tensor]
 ) -> Tensor:
-    """Return the gradient of factor `v`, from those of the products over `subsets`."""
-    total = torch.zeros_like(grad_products[0])
-    for grad_product, subset in zip(grad_products, subsets, strict=True):
+    """Return the gradient of factor `v`, from those of the Hadamard products over `subsets`."""
+    parts = []
+    for gradient, subset in zip(gradients, subsets, strict=True):
         others = [u for u in subset if u != v]
-        if others and v in subset:
-            total = total.addcmul(hadamard_product(factors, others), grad_product)
-        elif v in subset:
-            total = total + grad_product
-    return total
+        if v in subset:
+            parts.append(hadamard_product(factors, others) * gradient if others else gradient)
+    return reduce(add, parts)
 
 
 class _NormsOfSamples(torch.autograd.Function):
@@ -126,7 +115,8 @@ class _NormsOfSamples(torch.autograd.Function):
         ctx.save_for_backward(*samples)
         norms = samples[0].new_zeros(len(subsets), *samples[0].shape[:-2])
         for i, j, tiles in each_tile(from_rows_and_columns(samples, evaluate), progress):
-            norms += (1 if i == j else 2) * _squared_norms(tiles, subsets)
+            of_tile = [_squared_norm(hadamard_product(tiles, subset)) for subset in subsets]
+            norms += (1 if i == j else 2) * torch.stack(of_tile)
         return norms
 
     @staticmethod
@@ -135,8 +125,9 @@ class _NormsOfSamples(torch.autograd.Function):
         def gradients_of_entries(
             tiles: list[Tensor], i: slice, j: slice, wanted: list[int]
         ) -> list[Tensor]:
-            counted = grad_norms if i == j else 2 * grad_norms
-            return list(_gradients_of_tiles(tiles, ctx.subsets, counted, wanted).values())
+            slopes = list((2 if i == j else 4) * grad_norms[..., None, None])
+            squares = [tile.square() for tile in tiles]
+            return [tiles[v] * _gradient_of_factor(v, squares, ctx.subsets, slopes) for v in wanted]
 
         matrices = from_rows_and_columns(ctx.saved_tensors, ctx.evaluate)
         needed = ctx.needs_input_grad[3:]
@@ -144,115 +135,117 @@ class _NormsOfSamples(torch.autograd.Function):
         return None, None, None, *gradients
 
 
-class _NormsAndTraces(torch.autograd.Function):
-    """The squared norms and the traces of Hadamard products of given matrices, scaled."""
-
-    generate_vmap_rule = True
+class _SumOfEntropies(torch.autograd.Function):
+    """The sum of joint entropies of given matrices, each times its sign."""
 
     @staticmethod
-    def forward(subsets: Sequence[Subset], *grams: Tensor) -> tuple[Tensor, Tensor]:
-        scaled = _Scaled(grams)
-        traces = [hadamard_product(scaled.diagonals(), subset).sum(dim=-1) for subset in subsets]
-        norms = [
-            (1 if i == j else 2) * _squared_norms(scaled.tiles(i, j), subsets)
-            for i, j in _tiles(grams[0])
+    def forward(
+        ctx: Any, signs: Sequence[int], subsets: Sequence[Subset], *grams: Tensor
+    ) -> Tensor:
+        scaled = _ScaledGrams(grams, _dtype_of_entries(grams))
+        norms: list[list[Tensor]] = [[] for _ in subsets]
+        for i, j, tiles in _tiles(scaled, grams):
+            for parts, subset in zip(norms, subsets, strict=True):
+                norm = _squared_norm(hadamard_product(tiles, subset))
+                parts.append(norm if i == j else 2 * norm)
+        ctx.norms = [reduce(add, parts) for parts in norms]
+        diagonals = scaled.diagonals(grams)
+        ctx.traces = [
+            hadamard_product(diagonals, subset).sum(dim=-1, dtype=torch.float64)
+            for subset in subsets
         ]
-        return reduce(add, norms), torch.stack(traces)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.subsets, *grams = inputs
+        ctx.signs, ctx.subsets, ctx.scaled = signs, subsets, scaled
         ctx.save_for_backward(*grams)
+        pairs = zip(ctx.norms, ctx.traces, strict=True)
+        return signed_sum(signs, ((trace.square() / norm).log2() for norm, trace in pairs))
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grams = ctx.saved_tensors
-        wanted = [v for v, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
-        # With a graph, that is for a second derivative, whole matrices are needed.
-        gradients_of = _gradients_at_once if torch.is_grad_enabled() else _gradients_by_tiles
-        gradients = gradients_of(grams, ctx.subsets, wanted, *grad_outputs)
-        return None, *(gradients.get(v) for v in range(len(grams)))
+    def backward(ctx: Any, grad_bits: Tensor) -> tuple[Tensor | None, ...]:
+        grams, subsets, scaled = ctx.saved_tensors, ctx.subsets, ctx.scaled
+        wanted = [v for v, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        if torch.is_grad_enabled() or needs_plain_formulas(grad_bits):
+            plain = partial(_sum_by_operators, ctx.signs, subsets)
+            return None, None, *gradients_by_operators(plain, grams, grad_bits)
+        slopes = [grad_bits * (2 * sign / math.log(2)) for sign in ctx.signs]
+        # By halves of squared norms, whose derivative is the matrix itself; and by traces.
+        of_norms = [-slope / norm for slope, norm in zip(slopes, ctx.norms, strict=True)]
+        of_traces = [slope / trace for slope, trace in zip(slopes, ctx.traces, strict=True)]
+        of_norms, of_traces = (
+            [x[..., None, None].to(scaled.dtype) for x in slopes] for slopes in (of_norms, of_traces)
+        )
+        gradients = {v: torch.empty_like(grams[v]) for v in wanted}
+        for i, j, tiles in _tiles(scaled, grams):
+            squares = [tile.square() for tile in tiles] if len(tiles) > 1 else tiles
+            for v in wanted:
+                scaled_slopes = [slope * scaled.scales[v] for slope in of_norms]
+                of_tile = tiles[v] * _gradient_of_factor(v, squares, subsets, scaled_slopes)
+                gradients[v][..., i, j] = of_tile
+                if i != j:
+                    gradients[v][..., j, i] = of_tile.mT
+        diagonals = scaled.diagonals(grams)
+        for v in wanted:
+            scaled_slopes = [(slope * scaled.scales[v])[..., 0] for slope in of_traces]
+            of_diagonal = _gradient_of_factor(v, diagonals, subsets, scaled_slopes)
+            gradients[v].diagonal(dim1=-2, dim2=-1).add_(of_diagonal)
+        return None, None, *(gradients.get(v) for v in range(len(grams)))
 
 
-def _tiles(gram: Tensor) -> list[Tile]:
-    return upper_tiles(gram.shape[-1], _WIDTH if gram.is_cpu else _WIDTH_ON_GPU)
-
-
-def _gradients_by_tiles(
-    grams: Sequence[Tensor],
-    subsets: Sequence[Subset],
-    wanted: Sequence[int],
-    grad_norms: Tensor,
-    grad_traces: Tensor,
-) -> dict[int, Tensor]:
-    scaled = _Scaled(grams)
-    gradients = {v: torch.empty_like(grams[v]) for v in wanted}
-    for i, j in _tiles(grams[0]):
-        grad_tiles = _gradients_of_tiles(scaled.tiles(i, j), subsets, grad_norms, wanted)
-        for v, gradient in gradients.items():
-            grad_tile = grad_tiles[v] * scaled.scales[v]
-            gradient[..., i, j] = grad_tile
-            gradient[..., j, i] = grad_tile.mT
-    diagonals = scaled.diagonals()
-    for v, gradient in gradients.items():
-        grad_diagonal = _derivative(v, diagonals, subsets, grad_traces[..., None])
-        gradient.diagonal(dim1=-2, dim2=-1).add_(scaled.scales[v].squeeze(-1) * grad_diagonal)
-    return gradients
-
-
-def _gradients_at_once(
-    grams: Sequence[Tensor],
-    subsets: Sequence[Subset],
-    wanted: Sequence[int],
-    grad_norms: Tensor,
-    grad_traces: Tensor,
-) -> dict[int, Tensor]:
-    """Do what `_gradients_by_tiles` does, by operators that can be differentiated again."""
-    scaled = _Scaled(grams)
-    matrices = scaled.tiles(slice(None), slice(None))
-    grad_matrices = _gradients_of_tiles(matrices, subsets, grad_norms, wanted)
-    diagonals = scaled.diagonals()
-    gradients = {}
-    for v in wanted:
-        grad_diagonal = _derivative(v, diagonals, subsets, grad_traces[..., None])
-        grad_diagonal = torch.diag_embed(grad_diagonal.expand_as(diagonals[v]))
-        gradient = (grad_matrices[v] + grad_diagonal) * scaled.scales[v]
-        gradients[v] = gradient.to(grams[v].dtype)
-    return gradients
-
-
-class _Scaled:
-    """The symmetric parts of Gram matrices, in float64, each scaled and shifted.
+class _ScaledGrams:
+    """How Gram matrices of one shape `(..., n, n)` are made symmetric, scaled and shifted.
 
     Scale and shift are constants, on whose choice no entropy depends. The scale makes each trace n,
-    so that no product leaves the range of float64. The shift makes a zero matrix one of equal
-    entries, which is the limit of adding a constant.
+    which keeps products within range. The shift makes a zero matrix one of equal entries, which is
+    the limit of adding a constant.
+
+    Args:
+        grams: the matrices, which are not kept.
+        dtype: of the entries that are returned.
     """
 
-    def __init__(self, grams: Sequence[Tensor]) -> None:
-        self.grams = grams
-        self.scales: list[Tensor] = []
-        self.shifts: list[Tensor] = []
-        for gram in grams:
-            diagonal = gram.detach().diagonal(dim1=-2, dim2=-1)
-            trace = diagonal.sum(dim=-1, dtype=torch.float64)[..., None, None]
-            self.scales.append(gram.shape[-1] * inverse_trace(trace))
-            self.shifts.append((trace == 0).double())
+    def __init__(self, grams: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        diagonals = [gram.diagonal(dim1=-2, dim2=-1) for gram in grams]
+        traces = torch.stack([x.sum(dim=-1, dtype=torch.float64) for x in diagonals])
+        zero = traces == 0
+        scales = (grams[0].shape[-1] / traces.masked_fill(zero, math.inf)).to(dtype)
+        self.scales = scales[..., None, None].unbind()
+        self.shifts = zero.to(dtype)[..., None, None].unbind()
 
-    def diagonals(self) -> list[Tensor]:
-        """Return the diagonals, shape `(..., n)` each."""
+    def of(self, sums: Sequence[Tensor]) -> list[Tensor]:
+        """Return scaled entries of each matrix, given the sum of it and its transpose."""
         return [
-            self._shifted(gram.diagonal(dim1=-2, dim2=-1).double() * scale[..., 0], shift[..., 0])
-            for gram, scale, shift in zip(self.grams, self.scales, self.shifts, strict=True)
+            torch.addcmul(shift, twice.to(self.dtype), scale, value=0.5)
+            for twice, scale, shift in zip(sums, self.scales, self.shifts, strict=True)
         ]
 
-    def tiles(self, i: slice, j: slice) -> list[Tensor]:
-        """Return the entries in rows `i` and columns `j` of each matrix."""
+    def diagonals(self, grams: Sequence[Tensor]) -> list[Tensor]:
+        """Return the scaled diagonals, shape `(..., n)` each."""
+        diagonals = [gram.diagonal(dim1=-2, dim2=-1).to(self.dtype) for gram in grams]
         return [
-            self._shifted((gram[..., i, j] + gram[..., j, i].mT).double() * (scale / 2), shift)
-            for gram, scale, shift in zip(self.grams, self.scales, self.shifts, strict=True)
+            torch.addcmul(shift[..., 0], diagonal, scale[..., 0])
+            for diagonal, scale, shift in zip(diagonals, self.scales, self.shifts, strict=True)
         ]
 
-    def _shifted(self, entries: Tensor, shift: Tensor) -> Tensor:
-        # A zero matrix by itself needs no shift, and a pass over the entries is saved.
-        return entries + shift if len(self.grams) > 1 else entries
+
+def _dtype_of_entries(grams: Sequence[Tensor]) -> torch.dtype:
+    """Return float32 for float32 matrices whose products stay within its range."""
+    # A product of squares is at most n to this power, and so is one over it.
+    in_range = grams[0].shape[-1] ** (2 * len(grams)) < 2.0**100
+    return compute_dtype(*grams) if in_range else torch.float64
+
+
+def _tiles(
+    scaled: _ScaledGrams, grams: Sequence[Tensor]
+) -> Iterator[tuple[slice, slice, list[Tensor]]]:
+    """Yield rows and columns of each upper tile, and the entries of each matrix there."""
+    n, width = grams[0].shape[-1], _WIDTH if grams[0].is_cpu else _WIDTH_ON_GPU
+    if n <= width:
+        yield slice(0, n), slice(0, n), scaled.of([gram + gram.mT for gram in grams])
+        return
+    for i, j in upper_tiles(n, width):
+        yield i, j, scaled.of([gram[..., i, j] + gram[..., j, i].mT for gram in grams])
+
+
+def _sum_by_operators(signs: Sequence[int], subsets: Sequence[Subset], *grams: Tensor) -> Tensor:
+    joints = [joint_gram([grams[v] for v in subset]) for subset in subsets]
+    return signed_sum(signs, (-joint.square().sum(dim=(-2, -1)).log2() for joint in joints))

@@ -15,19 +15,10 @@ import torch
 from torch import Tensor
 
 from renyi_kd._autograd import needs_plain_formulas
-from renyi_kd.information.kernels import inverse_trace
-from renyi_kd.information.routes.tiles import upper_tiles
+from renyi_kd.information.products import symmetric_product
 
 # The largest exponent. It takes seven products at most; eigenvalues take the time of about ten.
 MAX_POWER = 32
-
-# A product of two powers of one symmetric matrix is symmetric, so its upper triangle is enough.
-# From this n on it is formed in this many strips, which is faster than the whole product at once.
-_TRIANGLE = 512
-_STRIPS = 8
-
-# The width of the square tiles that are copied at a time, so that they stay in the cache.
-_WIDTH = 256
 
 # The number of rows whose products a CPU sums at a time, where they are converted to float64 first.
 _ROWS = 64
@@ -72,21 +63,29 @@ def trace_of_power(matrix: Tensor, exponent: int) -> Tensor:
     return _inner_product(powers[chain[-1]], powers[exponent - chain[-1]])
 
 
-def entropy_by_powers(gram: Tensor, exponent: int, dtype: torch.dtype) -> Tensor:
-    r"""Return the Rényi entropy of integer order of a large Gram matrix, with few passes over it.
+def entropy_by_powers(matrix: Tensor, exponent: int) -> Tensor:
+    """Return the Rényi entropy of integer order of matrices of trace one, in bits, float64."""
+    logarithm = trace_of_power(matrix, exponent).log2()
+    return (logarithm - exponent * _log2_of_trace(matrix)) / (1 - exponent)
 
-    Args:
-        gram: positive semi-definite, shape `(..., n, n)`. Its symmetric part is taken.
-        exponent: the order, from 2 to `MAX_POWER`.
-        dtype: of the products. For float32, :math:`n^{k / 2}` has to be in its range.
 
-    Returns:
-        Entropy in bits, float64, shape `(...)`. It has a second derivative.
-    """
-    if torch.is_grad_enabled() and gram.requires_grad:
-        bits: Tensor = _EntropyByPowers.apply(gram, exponent, dtype)[0]
-        return bits
-    return _entropy_and_gradient(gram, exponent, dtype)[0]
+def entropy_and_gradient_by_powers(matrix: Tensor, exponent: int) -> tuple[Tensor, Tensor]:
+    """Return also the gradient of the entropy of the matrix divided by its trace, in its dtype."""
+    power = _power(matrix, exponent - 1)
+    trace = _inner_product(power, matrix)
+    bits = (trace.log2() - exponent * _log2_of_trace(matrix)) / (1 - exponent)
+    slope = exponent / ((1 - exponent) * math.log(2))
+    gradient = power * (slope / trace)[..., None, None].to(power.dtype)
+    gradient.diagonal(dim1=-2, dim2=-1).sub_(slope)
+    return bits, gradient
+
+
+def _log2_of_trace(matrix: Tensor) -> Tensor | float:
+    """Return the logarithm of a trace that is one but for the rounding to float32."""
+    if matrix.dtype == torch.float64:
+        return 0.0
+    diagonal = matrix.detach().diagonal(dim1=-2, dim2=-1)
+    return diagonal.sum(dim=-1, dtype=torch.float64).log2()
 
 
 class _TraceOfPower(torch.autograd.Function):
@@ -108,56 +107,8 @@ class _TraceOfPower(torch.autograd.Function):
         matrix, power = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative needs the graph of the power
             power = _power(matrix, ctx.exponent - 1)
-        return (ctx.exponent * grad_trace)[..., None, None] * power, None
-
-
-class _EntropyByPowers(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        gram: Tensor, exponent: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _entropy_and_gradient(gram, exponent, dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        gram, *ctx.options = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(gram, *output[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad_bits: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
-        gram, *parts = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative needs their graphs
-            parts = list(_entropy_and_gradient(gram, *ctx.options)[1:])
-        power, power_factor, identity_factor = parts
-        gradient: Tensor = power * (grad_bits * power_factor)[..., None, None].to(power.dtype)
-        gradient.diagonal(dim1=-2, dim2=-1).add_((grad_bits * identity_factor)[..., None])
-        return gradient.to(gram.dtype), None, None
-
-
-def _entropy_and_gradient(
-    gram: Tensor, exponent: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the entropy, a power of the matrix, and two factors.
-
-    The gradient is the power times the first factor, plus the identity times the second.
-    """
-    root = math.sqrt(gram.shape[-1])
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1, dtype=torch.float64)
-    # With the trace sqrt(n), neither the powers of a flat spectrum nor those of a single large
-    # eigenvalue leave the range of float32.
-    scale = root * inverse_trace(trace)
-    with torch.autocast(gram.device.type, enabled=False):
-        matrix = _symmetric_part(gram, scale[..., None, None], dtype)
-        power = _power(matrix, exponent - 1)
-    total = _inner_product(power, matrix)
-    zero = (trace == 0) & (total == 0)
-    total = torch.where(zero, 1.0, total)
-    bits = (total.log2() - exponent * math.log2(root)) / (1 - exponent)
-    slope = torch.where(zero, 0.0, scale * (exponent / ((1 - exponent) * math.log(2))))
-    return torch.where(zero, 0.0, bits), power, slope / total, -slope / root
+        slope = (ctx.exponent * grad_trace)[..., None, None].to(power.dtype)
+        return slope * power, None
 
 
 def _power(matrix: Tensor, exponent: int) -> Tensor:
@@ -167,37 +118,8 @@ def _power(matrix: Tensor, exponent: int) -> Tensor:
 def _powers(matrix: Tensor, chain: tuple[int, ...] | list[int]) -> dict[int, Tensor]:
     powers = {1: matrix}
     for previous, current in pairwise(chain):
-        powers[current] = _product(powers[previous], powers[current - previous])
+        powers[current] = symmetric_product(powers[previous], powers[current - previous])
     return powers
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Return the product of two powers of one symmetric matrix."""
-    learns = torch.is_grad_enabled() and left.requires_grad
-    plain = learns or torch.compiler.is_compiling() or needs_plain_formulas(left, right)
-    if plain or (n := left.shape[-1]) < _TRIANGLE:
-        return left @ right
-    product = torch.empty_like(left)
-    height = -(-n // _STRIPS)
-    for start in range(0, n, height):
-        stop = start + height
-        rows = left[..., start:stop, :] @ right[..., start:]
-        product[..., start:stop, start:] = rows
-        product[..., stop:, start:stop] = rows[..., height:].mT
-    return product
-
-
-def _symmetric_part(gram: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    half_scale = (scale / 2).to(dtype)
-    if not gram.is_cpu or (torch.is_grad_enabled() and gram.requires_grad):
-        return (gram + gram.mT).to(dtype) * half_scale
-    # Tile by tile, since reading the transpose of a large matrix at once misses the cache of a CPU.
-    symmetric = torch.empty_like(gram, dtype=dtype)
-    for i, j in upper_tiles(gram.shape[-1], _WIDTH):
-        tile = (gram[..., i, j] + gram[..., j, i].mT).to(dtype) * half_scale
-        symmetric[..., i, j] = tile
-        symmetric[..., j, i] = tile.mT
-    return symmetric
 
 
 def _inner_product(left: Tensor, right: Tensor) -> Tensor:

@@ -12,16 +12,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from renyi_kd.information.kernels import (
-    distances,
-    inverse_trace,
-    laplacian_kernel,
-    median_distance,
-    rbf_kernel,
-)
+from renyi_kd.information.distances import distances, median_distance
+from renyi_kd.information.kernels import inverse_trace, laplacian_kernel, rbf_kernel
+from renyi_kd.information.products import Tile, upper_tiles
 from renyi_kd.information.samples import SampleGram
 
-Tile: TypeAlias = tuple[slice, slice]
 Evaluate: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Progress: TypeAlias = Callable[[Sequence[Any]], Iterable[Any]]
 
@@ -32,11 +27,6 @@ _WIDTH, _WIDTH_ON_GPU = 512, 4096
 # The median over all pairs of samples takes n x n memory. Up to this n it is a default.
 _LARGEST_MEDIAN = 8192
 
-# By inner products, the exponent of an RBF kernel has a rounding error in proportion to the
-# samples' squared distances from the mean. While half of such a square, in squared bandwidths, is
-# below this, the error is below 1e-9.
-_LARGEST_HALF_SQUARE = 1e6
-
 
 def check_progress(progress: object) -> None:
     """Raise `TypeError` unless `progress` is None or callable."""
@@ -44,17 +34,6 @@ def check_progress(progress: object) -> None:
         raise TypeError(
             f"`progress` must be callable, such as tqdm.tqdm, got {type(progress).__name__}."
         )
-
-
-def upper_tiles(n: int, width: int) -> list[Tile]:
-    """Return the tiles on and above the diagonal of an n x n matrix, as rows and columns."""
-    starts = range(0, n, width)
-    return [
-        (slice(row, row + width), slice(column, column + width))
-        for row in starts
-        for column in starts
-        if row <= column
-    ]
 
 
 @dataclass(frozen=True)
@@ -175,9 +154,9 @@ def gradients_of_samples(
 def _tiled_kernel(gram: SampleGram) -> tuple[TiledKernel, Tensor]:
     x = gram.x.double()
     if gram.kernel is laplacian_kernel:
-        return _laplacian(x / _bandwidth(gram, order=1.0))
+        return _laplacian(x / bandwidth_of(gram, order=1.0))
     if gram.kernel is rbf_kernel:
-        return _rbf(x / _bandwidth(gram, order=2.0))
+        return _rbf(x / bandwidth_of(gram, order=2.0))
     each = x.unsqueeze(-2)
     diagonal = gram.kernel(each, each, **gram.kernel_options)[..., 0, 0]
     trace = diagonal.detach().sum(dim=-1)[..., None, None]
@@ -190,7 +169,8 @@ def _tiled_kernel(gram: SampleGram) -> tuple[TiledKernel, Tensor]:
     return TiledKernel(x, x, evaluate), diagonal * scale[..., 0] + shift[..., 0]
 
 
-def _bandwidth(gram: SampleGram, order: float) -> Tensor | float:
+def bandwidth_of(gram: SampleGram, order: float) -> Tensor | float:
+    """Return the bandwidth of a kernel, by default the median distance in the norm of this order."""
     bandwidth: Tensor | float | None = gram.kernel_options.get("bandwidth")
     if bandwidth is not None:
         return bandwidth
@@ -214,23 +194,8 @@ def _laplacian(x: Tensor) -> tuple[TiledKernel, Tensor]:
 
 def _rbf(x: Tensor) -> tuple[TiledKernel, Tensor]:
     """The RBF kernel of samples in units of the bandwidth."""
-    ones = torch.ones_like(x[..., 0])
-    # Distances do not change with the mean, and around it the inner products round least.
-    centred = x - x.detach().mean(dim=-2, keepdim=True)
-    halves = centred.square().sum(dim=-1, keepdim=True) / -2
-    if not x.is_meta and (halves.detach() < -_LARGEST_HALF_SQUARE).any():
-        return TiledKernel(x, x, _rbf_by_distances), ones
-    # -|a - b|^2 / 2 = ab - |a|^2 / 2 - |b|^2 / 2 is an inner product of longer vectors. Samples
-    # come last in memory, since the products of backward, of few columns, are faster so.
-    one = torch.ones_like(halves)
-    rows = torch.cat([centred.mT, halves.mT, one.mT], dim=-2).mT
-    columns = torch.cat([centred.mT, one.mT, halves.mT], dim=-2).mT
-    return TiledKernel(rows, columns, _rbf_by_inner_products), ones
 
+    def evaluate(rows: Tensor, columns: Tensor) -> Tensor:
+        return (distances(rows, columns, 2.0).square() / -2).exp()
 
-def _rbf_by_inner_products(rows: Tensor, columns: Tensor) -> Tensor:
-    return (rows @ columns.mT).exp()
-
-
-def _rbf_by_distances(rows: Tensor, columns: Tensor) -> Tensor:
-    return (distances(rows, columns, 2.0).square() / -2).exp()
+    return TiledKernel(x, x, evaluate), torch.ones_like(x[..., 0])

@@ -1,0 +1,120 @@
+"""Joint Gram matrices and the gradient of what is computed from them, in one step (Eq. 2 and 16)."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from operator import add
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from renyi_kd._autograd import gradients_by_operators, needs_plain_formulas
+from renyi_kd.information.kernels import Subset, hadamard_product, joint_gram, signed_sum
+from renyi_kd.information.products import symmetric_sum
+
+
+class Entropy(NamedTuple):
+    """Two ways to the entropy of symmetric matrices of trace one, in bits."""
+
+    value: Callable[[Tensor], Tensor]
+    """Takes matrices `(..., n, n)`, and returns `(...)` by operators that have derivatives."""
+    value_and_gradient: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """Returns also the gradient of the entropy of a matrix divided by its trace, `(..., n, n)`."""
+
+
+def sum_over_joints(
+    grams: Sequence[Tensor],
+    signs: Sequence[int],
+    subsets: Sequence[Subset],
+    entropy: Entropy,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return a sum of entropies of joint Gram matrices, each times its sign.
+
+    Args:
+        grams: all of one shape `(..., n, n)`. The symmetric part of each is taken.
+        signs: of the entropies.
+        subsets: for each entropy the numbers of the matrices it is of.
+        entropy: of a joint matrix.
+        dtype: of the joint matrices.
+
+    Returns:
+        The sum in bits, float64, shape `(...)`, with the derivatives that `entropy.value` has.
+    """
+    total: Tensor = _SumOverJoints.apply(signs, subsets, entropy, dtype, *grams)
+    return total
+
+
+class _SumOverJoints(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        signs: Sequence[int],
+        subsets: Sequence[Subset],
+        entropy: Entropy,
+        dtype: torch.dtype,
+        *grams: Tensor,
+    ) -> Tensor:
+        twice = symmetric_sum(_stack(grams)).to(dtype)
+        traces = _trace(twice)
+        # Neither scale nor shift changes an entropy. A zero matrix becomes one of equal entries,
+        # which is the limit of adding a constant.
+        zero = traces == 0
+        scales = traces.masked_fill(zero, math.inf).reciprocal()[..., None, None]
+        matrices = torch.addcmul(zero[..., None, None].to(dtype), twice, scales).unbind()
+        joints = _stack([hadamard_product(matrices, subset) for subset in subsets])
+        of_joints = _trace(joints)[..., None, None]
+        joints = joints / of_joints
+        needed = ctx.needs_input_grad[4:]
+        if not any(needed):
+            return signed_sum(signs, entropy.value(joints).unbind())
+        bits, slopes = entropy.value_and_gradient(joints)
+        of_products = [
+            slope if sign == 1 else sign * slope
+            for sign, slope in zip(signs, (slopes / of_joints).unbind(), strict=True)
+        ]
+        numbers = range(len(grams))
+        gradients = [_gradient_of_factor(v, matrices, subsets, of_products) for v in numbers]
+        slopes = (_stack(gradients) * (2 * scales)).to(grams[0].dtype)
+        ctx.plain = partial(_sum_by_operators, signs, subsets, entropy.value)
+        ctx.save_for_backward(*grams, slopes)
+        return signed_sum(signs, bits.unbind())
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        *grams, slopes = ctx.saved_tensors
+        if torch.is_grad_enabled() or needs_plain_formulas(grad_total):
+            return None, None, None, None, *gradients_by_operators(ctx.plain, grams, grad_total)
+        gradients = slopes * grad_total[..., None, None].to(slopes.dtype)
+        return None, None, None, None, *gradients.unbind()
+
+
+def _stack(matrices: Sequence[Tensor]) -> Tensor:
+    return matrices[0].unsqueeze(0) if len(matrices) == 1 else torch.stack(list(matrices))
+
+
+def _trace(matrix: Tensor) -> Tensor:
+    return matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+
+
+def _gradient_of_factor(
+    v: int, factors: Sequence[Tensor], subsets: Sequence[Subset], gradients: Sequence[Tensor]
+) -> Tensor:
+    """Return the gradient of factor `v`, from those of the Hadamard products over `subsets`."""
+    parts = []
+    for gradient, subset in zip(gradients, subsets, strict=True):
+        others = [u for u in subset if u != v]
+        if v in subset:
+            parts.append(hadamard_product(factors, others) * gradient if others else gradient)
+    return reduce(add, parts)
+
+
+def _sum_by_operators(
+    signs: Sequence[int],
+    subsets: Sequence[Subset],
+    entropy: Callable[[Tensor], Tensor],
+    *grams: Tensor,
+) -> Tensor:
+    joints = (joint_gram([grams[v] for v in subset]) for subset in subsets)
+    return signed_sum(signs, map(entropy, joints))
