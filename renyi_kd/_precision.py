@@ -7,14 +7,18 @@ import torch
 from renyi_kd._checks import TensorLike
 
 
+# Apple's MPS.
+WITHOUT_FLOAT64: tuple[str, ...] = ("mps",)
+
+
 def compute_dtype(*tensors: TensorLike) -> torch.dtype:
     """Return the dtype of a result: the arguments' dtypes promoted, and at least float32."""
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
 
 
 def has_float64(device: torch.device) -> bool:
-    """Return whether a device computes in float64. Apple's does not."""
-    return device.type != "mps"
+    """Return whether a device computes in float64."""
+    return device.type not in WITHOUT_FLOAT64
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:

@@ -72,7 +72,7 @@ def test_the_loss_asks_information_for_entropies_and_inner_products_alone():
         for name in imports_of(module) & set(ORDER)
         if name.startswith("information.")
     }
-    assert asked == {"information.kernels", "information.routes.choice"}
+    assert asked == {"information.kernels", "information.products", "information.routes.choice"}
 
 
 def test_only_the_package_itself_imports_the_kernels():

@@ -19,7 +19,7 @@ from renyi_kd._checks import (
     check_gram,
     check_same_device,
 )
-from renyi_kd._precision import compute_dtype
+from renyi_kd._precision import compute_dtype, has_float64
 from renyi_kd.information.kernels import Subset
 from renyi_kd.information.routes.choice import Method, sum_of_entropies
 from renyi_kd.information.routes.tiles import Progress, check_progress
@@ -256,8 +256,11 @@ def _sum_of_entropies(
     """Return the sum of joint entropies of subsets of `grams`, each times its sign."""
     alpha = check_alpha(alpha)
     check_progress(progress)
+    device, dtype = grams[0].device, compute_dtype(*grams)
+    if not has_float64(device):
+        grams = [gram.cpu() for gram in grams]
     # The sum is in float64, since differences of entropies need all their digits.
-    return sum_of_entropies(grams, terms, alpha, method, progress).to(compute_dtype(*grams))
+    return sum_of_entropies(grams, terms, alpha, method, progress).to(dtype).to(device)
 
 
 def check_variables(**groups: Sequence[Gram]) -> tuple[list[Gram], list[Subset]]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from renyi_kd._autograd import needs_plain_formulas
 from renyi_kd._checks import check_alpha
-from renyi_kd._precision import compute_dtype
+from renyi_kd._precision import compute_dtype, has_float64
 from renyi_kd.information.entropy import check_variables
 from renyi_kd.information.kernels import joint_gram
 from renyi_kd.information.routes.lanczos import estimate_of_matrix, estimate_of_samples
@@ -97,6 +97,9 @@ def renyi_entropy_estimate(
             "An estimate has no derivative in forward mode, and none by the transforms of "
             "torch.func. Use an exact functional there, as renyi_entropy."
         )
+    device, dtype = grams[0].device, compute_dtype(*grams)
+    if not has_float64(device):
+        grams = tuple(gram.cpu() for gram in grams)
     vectors = choose_vectors(alpha, grams[0].shape[-1], rank, probes, generator)
     samples = [gram for gram in grams if isinstance(gram, SampleGram)]
     if len(samples) == len(grams):
@@ -107,5 +110,4 @@ def renyi_entropy_estimate(
         if len(matrices) > 1:
             matrix = joint_gram(matrices).to(compute_dtype(*matrices))
         estimate = estimate_of_matrix(matrix, alpha, vectors)
-    dtype = compute_dtype(*grams)
-    return Estimate(*(value.to(dtype) for value in estimate))
+    return Estimate(*(value.to(dtype).to(device) for value in estimate))

@@ -204,7 +204,7 @@ def normalize_gram(gram: Tensor) -> Tensor:
                 [0.2500, 0.5000]])
     """
     check_gram("gram", gram)
-    kernel = gram.double()
+    kernel = gram.to(exact_dtype(gram.device))
     diagonal = kernel.diagonal(dim1=-2, dim2=-1)
     cosines = _divided_by_lengths(kernel, diagonal, diagonal)
     return (cosines / gram.shape[-1]).to(compute_dtype(gram))

@@ -34,9 +34,10 @@ def upper_tiles(n: int, width: int) -> list[Tile]:
 
 def matrix_product(left: Tensor, right: Tensor) -> Tensor:
     """Return the product, which autocast leaves alone."""
-    if not torch.is_autocast_enabled(left.device.type):
+    kind = left.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return left @ right
-    with torch.autocast(left.device.type, enabled=False):
+    with torch.autocast(kind, enabled=False):
         return left @ right
 
 

@@ -1,5 +1,6 @@
 """A Gram matrix known by its samples, so that the matrix itself need not exist."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -112,7 +113,7 @@ class SampleGram:
         if self.kernel in _OF_TWO_SAMPLES or torch.compiler.is_compiling() or self.x.is_meta:
             return
         # Samples of which no two are equal, whatever those that were given are.
-        two = self.x.detach()[..., [0, -1], :].double()
+        two = self.x.detach()[..., [0, -1], :].to(exact_dtype(self.x.device))
         two[..., 1, :] += torch.linspace(1, 2, two.shape[-1]).to(two)
         alone = self.kernel(two[..., :1, :], two[..., -1:, :], **self.kernel_options)
         together = self.kernel(two, **self.kernel_options)[..., :1, -1:]
@@ -144,6 +145,16 @@ class SampleGram:
         """The device of the samples."""
         return self.x.device
 
+    def cpu(self) -> "SampleGram":
+        """Return the same of samples on the CPU."""
+        moved = copy.copy(self)
+        moved.x = self.x.cpu()
+        moved.kernel_options = {
+            name: value.cpu() if isinstance(value, Tensor) else value
+            for name, value in self.kernel_options.items()
+        }
+        return moved
+
     def matrix(self) -> Tensor:
         """Make the Gram matrix, shape `(..., n, n)`: of an RBF kernel in its dtype, else in float64."""
         x = self.x if self.kernel is rbf_kernel else self.x.to(exact_dtype(self.device))
@@ -152,7 +163,7 @@ class SampleGram:
 
 def _of_unit_length(x: Tensor) -> Tensor:
     """Return each sample divided by its length. Zero samples share an axis of their own."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact_dtype(x.device))
     zero = length == 0
     unit = x / torch.where(zero, 1.0, length)
     return torch.cat([unit, zero.to(unit.dtype)], dim=-1).to(x.dtype)

@@ -138,7 +138,7 @@ class InfoSAMDistiller(nn.Module):
             return self.terms(teacher, student).loss
         samples = self._relations_and_features(teacher, student)
         (loss, *_), _ = infosam_losses(*samples, **self._options())
-        return loss.to(compute_dtype(*samples))
+        return loss.to(compute_dtype(*samples)).to(samples[0].device)
 
     def terms(self, teacher: FeaturePair, student: FeaturePair) -> InfoSAMTerms:
         """Compute the loss, its terms and what to watch.

@@ -13,7 +13,7 @@ from renyi_kd._checks import (
     check_real,
     check_same_device,
 )
-from renyi_kd._precision import compute_dtype
+from renyi_kd._precision import compute_dtype, exact_dtype
 from renyi_kd.information.kernels import inner_products
 from renyi_kd.information.routes.choice import trace_one_entropy
 from renyi_kd.infosam.features import EVALUATED
@@ -133,11 +133,13 @@ def infosam_terms(
             teacher_entropy,
             student_entropy,
             feature_entropy,
-            _mean_cosine(teacher_relation, student_relation, process_group),
+            # On the device of the other figures, which may be the CPU.
+            _mean_cosine(teacher_relation, student_relation, process_group).to(compression),
         ]
     ).detach()
-    dtype = compute_dtype(*samples)
-    return InfoSAMTerms(*(loss.to(dtype) for loss in losses), *figures.to(dtype).unbind())
+    dtype, device = compute_dtype(*samples), teacher_relation.device
+    losses = [loss.to(dtype).to(device) for loss in losses]
+    return InfoSAMTerms(*losses, *figures.to(dtype).to(device).unbind())
 
 
 def infosam_losses(
@@ -230,7 +232,9 @@ def _mean_cosine(
     process_group: "dist.ProcessGroup | None",
 ) -> Tensor:
     if teacher_relation.shape != student_relation.shape:
-        return torch.full((), torch.nan, dtype=torch.float64, device=teacher_relation.device)
+        dtype = exact_dtype(teacher_relation.device)
+        return torch.full((), torch.nan, dtype=dtype, device=teacher_relation.device)
     teacher, student = teacher_relation.detach().flatten(1), student_relation.detach().flatten(1)
-    cosines = torch.cosine_similarity(teacher.double(), student.double())
+    dtype = exact_dtype(teacher.device)
+    cosines = torch.cosine_similarity(teacher.to(dtype), student.to(dtype))
     return cosines.mean() if process_group is None else mean_over_ranks(cosines, process_group)

@@ -45,6 +45,7 @@ from renyi_kd.information.samples import SampleGram
 # cache; on a GPU each tile costs launches.
 _WIDTH, _WIDTH_ON_GPU = 256, 4096
 
+
 def sum_of_entropies_of_matrices(
     grams: Sequence[Tensor], signs: Sequence[int], subsets: Sequence[Subset]
 ) -> Tensor:
@@ -171,7 +172,8 @@ class _SumOfEntropies(torch.autograd.Function):
         of_norms = [-slope / norm for slope, norm in zip(slopes, ctx.norms, strict=True)]
         of_traces = [slope / trace for slope, trace in zip(slopes, ctx.traces, strict=True)]
         of_norms, of_traces = (
-            [x[..., None, None].to(scaled.dtype) for x in slopes] for slopes in (of_norms, of_traces)
+            [x[..., None, None].to(scaled.dtype) for x in slopes]
+            for slopes in (of_norms, of_traces)
         )
         gradients = {v: torch.empty_like(grams[v]) for v in wanted}
         for i, j, tiles in _tiles(scaled, grams):

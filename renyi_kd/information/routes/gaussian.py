@@ -114,7 +114,9 @@ class _SumOfEntropies(torch.autograd.Function):
             for v in wanted:
                 terms = [
                     (sign, product, slope)
-                    for sign, subset, product, slope in zip(ctx.signs, subsets, products, slopes.unbind(), strict=True)
+                    for sign, subset, product, slope in zip(
+                        ctx.signs, subsets, products, slopes.unbind(), strict=True
+                    )
                     if v in subset
                 ]
                 pulled[v].add(i, j, _weighted_sum(terms))
@@ -153,9 +155,7 @@ def _products(
         yield i, j, [hadamard_product(kernels, subset) for subset in subsets]
 
 
-def _sum_by_operators(
-    signs: Sequence[int], subsets: Sequence[Subset], *samples: Tensor
-) -> Tensor:
+def _sum_by_operators(signs: Sequence[int], subsets: Sequence[Subset], *samples: Tensor) -> Tensor:
     kernels = [rbf_by_operators(z) for z in samples]
     products = (hadamard_product(kernels, subset).double() for subset in subsets)
     return signed_sum(signs, (-product.mean(dim=(-2, -1)).log2() for product in products))

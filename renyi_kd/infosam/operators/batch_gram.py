@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from renyi_kd._autograd import needs_plain_formulas
-from renyi_kd._precision import ieee_dtype
+from renyi_kd._precision import has_float64, ieee_dtype
+from renyi_kd.information.products import matrix_product
 
 # From this number of features on, products are summed in float32 over chunks of `_CHUNK` features,
 # with a relative rounding error of 6e-8 for each chunk. Over all chunks these average out to some
@@ -33,13 +34,24 @@ def batch_gram(samples: Tensor) -> Tensor:
             are dense.
 
     Returns:
-        Gram matrix, shape `(B, B)`, float64. It has no second derivative.
+        Gram matrix, shape `(B, B)`, float64. It has no second derivative. It is on the CPU if the
+        device has no float64.
     """
+    if not has_float64(samples.device):
+        return _batch_gram_on_cpu(samples)
     if needs_plain_formulas(samples):
         rows = samples.flatten(1).double()
         return rows @ rows.mT
     gram: Tensor = batch_gram_operator(samples)
     return gram
+
+
+def _batch_gram_on_cpu(samples: Tensor) -> Tensor:
+    """Sum the products over short chunks on the device, and the sums of all chunks on the CPU."""
+    rows = samples.flatten(1)
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % _CHUNK))
+    chunks = rows.view(rows.shape[0], -1, _CHUNK).transpose(0, 1)
+    return matrix_product(chunks, chunks.mT).cpu().sum(dim=0, dtype=torch.float64)
 
 
 def batch_gram_by_blocks(samples: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from renyi_kd._autograd import needs_plain_formulas
-from renyi_kd._precision import ieee_dtype
+from renyi_kd._precision import exact_dtype, ieee_dtype
 
 # How many elements of a map a loop takes at a time on a CPU. A megabyte of float32 stays in the
 # cache for the passes after the first, and takes long compared to the overhead of a call.
@@ -195,7 +195,7 @@ def unit_length(scores: Tensor) -> Tensor:
     The result has no second derivative.
     """
     if needs_plain_formulas(scores):
-        squares = scores.double().square().sum(dim=(1, 2), keepdim=True)
+        squares = scores.to(exact_dtype(scores.device)).square().sum(dim=(1, 2), keepdim=True)
         return (scores / torch.where(squares == 0, 1.0, squares).sqrt()).to(scores.dtype)
     relation: Tensor = unit_length_operator(scores)[0]
     return relation
@@ -204,7 +204,8 @@ def unit_length(scores: Tensor) -> Tensor:
 def unit_length_by_operators(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Return the samples of unit length, and their lengths before, `(B, 1, 1)` in float64."""
     # In float64 the squares of large and of small features stay within the range.
-    length = torch.linalg.vector_norm(scores, dim=(1, 2), keepdim=True, dtype=torch.float64)
+    dtype = exact_dtype(scores.device)
+    length = torch.linalg.vector_norm(scores, dim=(1, 2), keepdim=True, dtype=dtype)
     length.masked_fill_(length == 0, 1.0)
     return (scores / length).to(scores.dtype).contiguous(), length
 
@@ -216,7 +217,7 @@ unit_length_operator = torch.library.custom_op(
 
 @unit_length_operator.register_fake
 def _unit_length_shapes(scores: Tensor) -> tuple[Tensor, Tensor]:
-    length = scores.new_empty(scores.shape[0], 1, 1, dtype=torch.float64)
+    length = scores.new_empty(scores.shape[0], 1, 1, dtype=exact_dtype(scores.device))
     return scores.new_empty(scores.shape), length
 
 
