@@ -6,7 +6,6 @@ import torch
 
 from renyi_kd._checks import TensorLike
 
-
 # Apple's MPS.
 WITHOUT_FLOAT64: tuple[str, ...] = ("mps",)
 

@@ -1,4 +1,4 @@
-"""Devices without float64: what has n x n or B x B entries goes to the CPU, the rest stays there."""
+"""Devices without float64: what has n x n entries goes to the CPU, the rest stays there."""
 
 import math
 

@@ -92,7 +92,7 @@ def renyi_entropy(
         tensor(0.8113)
     """
     grams, (x,) = check_variables(gram=[gram])
-    return _sum_of_entropies(grams, [(+1, x)], alpha, method, progress)
+    return sum_of_entropies_in_bits(grams, [(+1, x)], alpha, method, progress)
 
 
 def renyi_joint_entropy(
@@ -131,7 +131,7 @@ def renyi_joint_entropy(
         tensor(2.)
     """
     variables, (all_of_them,) = check_variables(grams=grams)
-    return _sum_of_entropies(variables, [(+1, all_of_them)], alpha, method, progress)
+    return sum_of_entropies_in_bits(variables, [(+1, all_of_them)], alpha, method, progress)
 
 
 def renyi_conditional_entropy(
@@ -166,7 +166,7 @@ def renyi_conditional_entropy(
     """
     grams, (x, condition) = check_variables(gram=[gram], given=[given])
     terms = [(+1, x + condition), (-1, condition)]
-    return _sum_of_entropies(grams, terms, alpha, method, progress)
+    return sum_of_entropies_in_bits(grams, terms, alpha, method, progress)
 
 
 def renyi_mutual_information(
@@ -206,7 +206,7 @@ def renyi_mutual_information(
     group_x = gram_x if isinstance(gram_x, Sequence) else [gram_x]
     group_y = gram_y if isinstance(gram_y, Sequence) else [gram_y]
     grams, (x, y) = check_variables(gram_x=group_x, gram_y=group_y)
-    return _sum_of_entropies(grams, [(+1, x), (+1, y), (-1, x + y)], alpha, method, progress)
+    return sum_of_entropies_in_bits(grams, [(+1, x), (+1, y), (-1, x + y)], alpha, method, progress)
 
 
 def renyi_total_correlation(
@@ -243,24 +243,37 @@ def renyi_total_correlation(
     """
     variables, (all_of_them,) = check_variables(grams=grams)
     terms = [*((+1, (v,)) for v in all_of_them), (-1, all_of_them)]
-    return _sum_of_entropies(variables, terms, alpha, method, progress)
+    return sum_of_entropies_in_bits(variables, terms, alpha, method, progress)
 
 
-def _sum_of_entropies(
+def sum_of_entropies_in_bits(
     grams: Sequence[Gram],
     terms: Sequence[tuple[int, Subset]],
     alpha: float,
     method: Method | None,
     progress: Progress | None,
+    *,
+    exact: bool = False,
 ) -> Tensor:
-    """Return the sum of joint entropies of subsets of `grams`, each times its sign."""
+    """Return the sum of joint entropies of subsets of `grams`, each times its sign.
+
+    It is in the promoted dtype of `grams`; or, if it is to be computed with, an `exact` one is in
+    float64, on the CPU where the device has none.
+    """
     alpha = check_alpha(alpha)
     check_progress(progress)
-    device, dtype = grams[0].device, compute_dtype(*grams)
-    if not has_float64(device):
-        grams = [gram.cpu() for gram in grams]
-    # The sum is in float64, since differences of entropies need all their digits.
-    return sum_of_entropies(grams, terms, alpha, method, progress).to(dtype).to(device)
+    bits = sum_of_entropies(where_float64_is(grams), terms, alpha, method, progress)
+    return bits if exact else as_result(bits, grams)
+
+
+def where_float64_is(grams: Sequence[Gram]) -> Sequence[Gram]:
+    """Return the Gram matrices on their device, or on the CPU if that has no float64."""
+    return grams if has_float64(grams[0].device) else [gram.cpu() for gram in grams]
+
+
+def as_result(value: Tensor, grams: Sequence[Gram]) -> Tensor:
+    """Return the value in the promoted dtype of Gram matrices, on their device."""
+    return value.to(compute_dtype(*grams)).to(grams[0].device)
 
 
 def check_variables(**groups: Sequence[Gram]) -> tuple[list[Gram], list[Subset]]:

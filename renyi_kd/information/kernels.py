@@ -155,6 +155,41 @@ def laplacian_kernel(
     return (-between).exp().to(dtype)
 
 
+def label_kernel(labels: Tensor, other: Tensor | None = None) -> Tensor:
+    """Gram matrix of class labels: 1 where two are equal, else 0.
+
+    Args:
+        labels: of an integer dtype or bool, shape `(..., n)`.
+        other: other labels, shape `(..., m)`. Default: `labels`.
+
+    Returns:
+        Gram matrix, shape `(..., n, m)`, float32.
+
+    Raises:
+        TypeError: labels are not a tensor of integers.
+        ValueError: the shapes do not fit, or the devices differ.
+
+    Example:
+        >>> import torch
+        >>> from renyi_kd import label_kernel, renyi_entropy
+        >>> renyi_entropy(label_kernel(torch.tensor([0, 1, 2, 3, 3, 2, 1, 0])))
+        tensor(2.)
+    """
+    other = labels if other is None else other
+    for name, value in (("labels", labels), ("other", other)):
+        if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
+            found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(
+                f"`{name}` must be a tensor of integers, got {found}. Convert class labels by "
+                f"`.long()`; for numbers use rbf_kernel."
+            )
+        if value.ndim == 0 or value.shape[-1] == 0:
+            raise ValueError(f"`{name}` must have shape (..., n), got {tuple(value.shape)}.")
+    check_same_device(labels=labels, other=other)
+    check_batch_dimensions((labels.unsqueeze(-1), other.unsqueeze(-2)))
+    return (labels.unsqueeze(-1) == other.unsqueeze(-2)).float()
+
+
 def normalized_kernel(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return the kernel divided by the lengths of its two samples, as `normalize_gram` does it.
 

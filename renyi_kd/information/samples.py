@@ -156,7 +156,7 @@ class SampleGram:
         return moved
 
     def matrix(self) -> Tensor:
-        """Make the Gram matrix, shape `(..., n, n)`: of an RBF kernel in its dtype, else in float64."""
+        """Make the Gram matrix, `(..., n, n)`: of an RBF kernel in its dtype, else in float64."""
         x = self.x if self.kernel is rbf_kernel else self.x.to(exact_dtype(self.device))
         return self.kernel(x, **self.kernel_options)
 

@@ -138,8 +138,8 @@ def infosam_terms(
         ]
     ).detach()
     dtype, device = compute_dtype(*samples), teacher_relation.device
-    losses = [loss.to(dtype).to(device) for loss in losses]
-    return InfoSAMTerms(*losses, *figures.to(dtype).to(device).unbind())
+    in_dtype = (loss.to(dtype).to(device) for loss in losses)
+    return InfoSAMTerms(*in_dtype, *figures.to(dtype).to(device).unbind())
 
 
 def infosam_losses(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from renyi_kd._autograd import needs_plain_formulas
 from renyi_kd._precision import compute_dtype, ieee_dtype
-from renyi_kd.information.kernels import Subset, joint_gram, signed_sum
+from renyi_kd.information.kernels import Subset, joint_gram, rbf_kernel, signed_sum
 from renyi_kd.information.routes.dual import (
     dual_error,
     dual_matrix,
@@ -71,14 +71,21 @@ def choose_method(alpha: float, method: Method | None) -> Method:
     return method
 
 
+def entry_error(gram: Gram) -> float:
+    """Return the relative rounding error of the entries of a Gram matrix."""
+    # Samples are taken as they are; the entries of a given matrix have been rounded.
+    rounds = not isinstance(gram, SampleGram) or gram.kernel is rbf_kernel
+    return torch.finfo(compute_dtype(gram) if rounds else torch.float64).eps
+
+
 def trace_one_entropy(
     matrix: Tensor, alpha: float, method: Method | None = None, *, epsilon: float
 ) -> Tensor:
     """Return the Rényi entropy of matrices of trace one, in bits.
 
     Args:
-        matrix: symmetric positive semi-definite, of trace one, float64, or float32 for powers, shape
-            `(..., n, n)`.
+        matrix: symmetric positive semi-definite, of trace one, shape `(..., n, n)`, float64, or
+            float32 for powers.
         alpha: order > 0, 1 and infinity included.
         method: see `renyi_entropy`.
         epsilon: relative rounding error of the entries, see `entropy_from_eigenvalues`.
@@ -153,21 +160,15 @@ def _sum_without_dual(
             return sum_of_entropies_of_rbf(samples, signs, subsets, progress)
         if grams[0].shape[-1] >= LARGE:
             return signed_sum(signs, entropies_of_samples(samples, subsets, progress))
-    matrices = [as_matrix(gram) for gram in grams]
+    matrices: Sequence[Tensor] = [as_matrix(gram) for gram in grams]
     if custom and method == "frobenius" and grams[0].shape[-1] >= _TILES:
         return sum_of_entropies_of_matrices(_of_one_shape(matrices), signs, subsets)
-    errors = [
-        # Samples are taken as they are; the entries of a given matrix have been rounded.
-        torch.finfo(torch.float64 if isinstance(gram, SampleGram) else compute_dtype(gram)).eps
-        for gram in grams
-    ]
+    errors = [entry_error(gram) for gram in grams]
     of_subsets = [max(errors[v] for v in subset) for subset in subsets]
     if custom:
-        matrices = _of_one_shape(matrices)
-        parts = []
+        matrices, parts = _of_one_shape(matrices), []
         for epsilon in dict.fromkeys(of_subsets):
-            terms = zip(signs, subsets, of_subsets, strict=True)
-            some = [(sign, subset) for sign, subset, own in terms if own == epsilon]
+            some = [term for term, own in zip(terms, of_subsets, strict=True) if own == epsilon]
             parts.append(_sum_over_joints(matrices, some, alpha, method, epsilon))
         return reduce(add, parts)
     entropies = []
@@ -218,4 +219,5 @@ def _dtype_of_joints(matrices: Sequence[Tensor], alpha: float, method: Method) -
 def _of_one_shape(matrices: Sequence[Tensor]) -> Sequence[Tensor]:
     if all(matrix.shape == matrices[0].shape for matrix in matrices):
         return matrices
-    return torch.broadcast_tensors(*matrices)  # type: ignore[no-untyped-call]
+    same: Sequence[Tensor] = torch.broadcast_tensors(*matrices)  # type: ignore[no-untyped-call]
+    return same

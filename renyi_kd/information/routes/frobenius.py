@@ -86,7 +86,8 @@ def entropies_of_samples(
 
 def _squared_norm(matrix: Tensor) -> Tensor:
     """Return the sum of the squares of the entries, in float64, shape `(...)`."""
-    return matrix.square().sum(dim=-1).sum(dim=-1, dtype=torch.float64)
+    total: Tensor = matrix.square().sum(dim=-1).sum(dim=-1, dtype=torch.float64)
+    return total
 
 
 def _gradient_of_factor(
@@ -98,7 +99,8 @@ def _gradient_of_factor(
         others = [u for u in subset if u != v]
         if v in subset:
             parts.append(hadamard_product(factors, others) * gradient if others else gradient)
-    return reduce(add, parts)
+    total: Tensor = reduce(add, parts)
+    return total
 
 
 class _NormsOfSamples(torch.autograd.Function):

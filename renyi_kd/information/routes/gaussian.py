@@ -1,6 +1,6 @@
 r"""Order 2 of RBF kernels of samples, without their matrices (InfoSAM, Eq. 22).
 
-The diagonal of an RBF kernel is constant, and the square of a Hadamard product of RBF kernels is the
+The diagonal of an RBF kernel is constant. The square of a Hadamard product of RBF kernels is the
 product of the same kernels of a bandwidth smaller by :math:`\sqrt 2`. So the entropy of a joint of
 variables s is that of a sum:
 
@@ -134,7 +134,7 @@ def _weighted_sum(terms: Sequence[tuple[int, Tensor, Tensor]]) -> Tensor:
 
 
 def _are_few(samples: Sequence[Tensor], subsets: Sequence[Subset]) -> bool:
-    """Return whether upper tiles of all products take no more memory than a tile, or the samples."""
+    """Return whether upper tiles of all products take as much memory as a tile or the samples."""
     n = samples[0].shape[-2]
     return n <= _width(samples[0]) or n * len(subsets) <= 2 * sum(z.shape[-1] for z in samples)
 

@@ -1,4 +1,4 @@
-"""Joint Gram matrices and the gradient of what is computed from them, in one step (Eq. 2 and 16)."""
+"""Joint Gram matrices, and the gradient of what is computed from them (Eq. 2 and 16)."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -170,7 +170,7 @@ def _tiled_kernel(gram: SampleGram) -> tuple[TiledKernel, Tensor]:
 
 
 def bandwidth_of(gram: SampleGram, order: float) -> Tensor | float:
-    """Return the bandwidth of a kernel, by default the median distance in the norm of this order."""
+    """Return the bandwidth of a kernel, by default the median in the norm of this order."""
     bandwidth: Tensor | float | None = gram.kernel_options.get("bandwidth")
     if bandwidth is not None:
         return bandwidth
