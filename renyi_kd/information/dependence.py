@@ -81,8 +81,8 @@ def renyi_normalized_mutual_information(
         progress: see `renyi_entropy`.
 
     Returns:
-        The share, shape `(...)`, and 0 where the entropy is zero. With constant diagonals it is at
-        most 1; it can be slightly negative.
+        The share, shape `(...)`, and 0 where the entropy is below 1e-12 bits. With constant
+        diagonals it is at most 1; it can be slightly negative.
 
     Raises:
         TypeError: as `renyi_joint_entropy`.
@@ -116,7 +116,8 @@ def renyi_normalized_mutual_information(
         "joint": of_both,
     }
     divisor = divisors[normalizer]
-    zero = divisor == 0
+    # The entropy of a constant variable is zero but for rounding.
+    zero = divisor < 1e-12
     share = torch.where(zero, 0.0, information / torch.where(zero, 1.0, divisor))
     return as_result(share, grams)
 

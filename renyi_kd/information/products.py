@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from renyi_kd._autograd import needs_plain_formulas
+from renyi_kd._precision import ieee_dtype
 
 Tile: TypeAlias = tuple[slice, slice]
 
@@ -33,7 +34,10 @@ def upper_tiles(n: int, width: int) -> list[Tile]:
 
 
 def matrix_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return the product, which autocast leaves alone."""
+    """Return the product in the dtype of its factors, to their last digits."""
+    dtype = ieee_dtype(left.dtype, left.device)
+    if dtype != left.dtype:
+        return (left.to(dtype) @ right.to(dtype)).to(left.dtype)
     kind = left.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return left @ right

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from renyi_kd._autograd import gradients_by_operators, needs_plain_formulas
-from renyi_kd._precision import ieee_dtype
 from renyi_kd.information.distances import distances
 from renyi_kd.information.products import matrix_product, symmetric_product, symmetric_sum
 
@@ -48,17 +47,13 @@ def exponentials(x: Tensor, y: Tensor) -> Tensor:
     """
     if x.dtype == torch.float64:
         return distances(x, y, 2.0).square_().div_(-2).exp_()
-    dtype = ieee_dtype(x.dtype, x.device)
     if x is y:
-        wide = x.to(dtype)
-        kernel = symmetric_product(wide, wide.mT)
+        kernel = symmetric_product(x, x.mT)
         of_x = of_y = kernel.diagonal(dim1=-2, dim2=-1) / 2
     else:
-        wide, other = x.to(dtype), y.to(dtype)
-        kernel = matrix_product(wide, other.mT)
-        of_x, of_y = (z.square().sum(dim=-1) / 2 for z in (wide, other))
-    kernel.sub_(of_x.unsqueeze(-1)).sub_(of_y.unsqueeze(-2)).clamp_(max=0).exp_()
-    return kernel.to(x.dtype)
+        kernel = matrix_product(x, y.mT)
+        of_x, of_y = (z.square().sum(dim=-1) / 2 for z in (x, y))
+    return kernel.sub_(of_x.unsqueeze(-1)).sub_(of_y.unsqueeze(-2)).clamp_(max=0).exp_()
 
 
 class PulledSamples:
@@ -112,8 +107,7 @@ def _location(x: Tensor) -> Tensor:
 
 def rbf_by_operators(x: Tensor) -> Tensor:
     """Do what `rbf_gram` does, by operators that have all derivatives."""
-    dtype = ieee_dtype(x.dtype, x.device)
-    if dtype == torch.float64:
+    if x.dtype == torch.float64:
         return (distances(x, x, 2.0).square() / -2).exp()
     product = matrix_product(x, x.mT)
     halves = product.diagonal(dim1=-2, dim2=-1) / 2

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import reduce
 from operator import add
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from renyi_kd.information.routes.tiles import Progress
 from renyi_kd.information.samples import Gram, SampleGram, as_matrix
 
 Method: TypeAlias = Literal["frobenius", "power", "eigvalsh"]
+# The sign of an entropy, and the numbers of the matrices it is of.
+Term: TypeAlias = tuple[int, Subset]
 _METHODS: tuple[str, ...] = get_args(Method)
 
 # From this n on it is faster to go through a matrix tile by tile, without copies of it, and kernels
@@ -100,7 +102,7 @@ def trace_one_entropy(
 
 def sum_of_entropies(
     grams: Sequence[Gram],
-    terms: Sequence[tuple[int, Subset]],
+    terms: Sequence[Term],
     alpha: float,
     method: Method | None,
     progress: Progress | None,
@@ -127,11 +129,15 @@ def sum_of_entropies(
             rest.append((sign, subset))
     if rest:
         # Kernels that the dual alone served are left out: their matrices may be too large to make.
-        needed = sorted({v for _, subset in rest for v in subset})
-        renumbered = [(sign, tuple(needed.index(v) for v in subset)) for sign, subset in rest]
-        of_needed = [grams[v] for v in needed]
-        parts.append(_sum_without_dual(of_needed, renumbered, alpha, method, progress))
+        parts.append(_sum_without_dual(*_needed(grams, rest), alpha, method, progress))
     return reduce(add, parts)
+
+
+def _needed(grams: Sequence[Any], terms: Sequence[Term]) -> tuple[list[Any], list[Term]]:
+    """Return the matrices that the terms are of, and the terms with their numbers among these."""
+    numbers = sorted({v for _, subset in terms for v in subset})
+    renumbered = [(sign, tuple(numbers.index(v) for v in subset)) for sign, subset in terms]
+    return [grams[v] for v in numbers], renumbered
 
 
 def _entropy_by_dual(grams: Sequence[SampleGram], alpha: float, method: Method) -> Tensor:
@@ -143,7 +149,7 @@ def _entropy_by_dual(grams: Sequence[SampleGram], alpha: float, method: Method) 
 
 def _sum_without_dual(
     grams: Sequence[Gram],
-    terms: Sequence[tuple[int, Subset]],
+    terms: Sequence[Term],
     alpha: float,
     method: Method,
     progress: Progress | None,
@@ -169,7 +175,7 @@ def _sum_without_dual(
         matrices, parts = _of_one_shape(matrices), []
         for epsilon in dict.fromkeys(of_subsets):
             some = [term for term, own in zip(terms, of_subsets, strict=True) if own == epsilon]
-            parts.append(_sum_over_joints(matrices, some, alpha, method, epsilon))
+            parts.append(_sum_over_joints(*_needed(matrices, some), alpha, method, epsilon))
         return reduce(add, parts)
     entropies = []
     for subset, epsilon in zip(subsets, of_subsets, strict=True):
@@ -180,7 +186,7 @@ def _sum_without_dual(
 
 def _sum_over_joints(
     matrices: Sequence[Tensor],
-    terms: Sequence[tuple[int, Subset]],
+    terms: Sequence[Term],
     alpha: float,
     method: Method,
     epsilon: float,

@@ -81,7 +81,8 @@ def entropies_of_samples(
     evaluate = [matrix.evaluate for matrix in matrices]
     norms = _NormsOfSamples.apply(subsets, evaluate, progress, *rows_and_columns(matrices))
     traces = [hadamard_product(diagonals, subset).sum(dim=-1) for subset in subsets]
-    return -(norms / torch.stack(traces).square()).log2()
+    entropies: Tensor = -(norms / torch.stack(traces).square()).log2()
+    return entropies
 
 
 def _squared_norm(matrix: Tensor) -> Tensor:
