@@ -116,7 +116,9 @@ def rbf_kernel(x: Tensor, y: Tensor | None = None, *, bandwidth: Bandwidth | Non
     if bandwidth is None:
         bandwidth = median_distance(x, order=2.0)
     if y is None:
-        return rbf_gram(scaled_samples(x.to(dtype), bandwidth))
+        by_product = dtype == torch.float32
+        scaled = scaled_samples(x.to(dtype), bandwidth, by_product=by_product)
+        return rbf_gram(scaled, by_product=by_product)
     between = _exact_distances(x, y, order=2.0) / bandwidth
     return (between.square() / -2).exp().to(dtype)
 

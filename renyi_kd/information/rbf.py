@@ -1,12 +1,14 @@
-r"""The RBF Gram matrix of samples by one product of matrices, and its gradient.
+r"""RBF Gram matrices of samples, and their gradient.
 
 .. math:: K_{ij} = \exp(-\lVert x_i - x_j \rVert^2 / 2), \qquad
     -\lVert x_i - x_j \rVert^2 / 2 = x_i^\top x_j - x_i^\top x_i / 2 - x_j^\top x_j / 2
 
-The squared lengths are taken from the diagonal of the product itself. So equal samples, whose
-products are rounded alike, have an exponent of zero.
+Distances one by one lose no digit of any samples. Much faster is the right-hand side, one product
+of matrices. Its rounding error is in proportion to the squared distances of both samples from the
+bulk of all, in bandwidths. It is meant by `by_product`.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,37 +19,46 @@ from renyi_kd.information.distances import distances
 from renyi_kd.information.products import matrix_product, symmetric_product, symmetric_sum
 
 
-def scaled_samples(x: Tensor, bandwidth: Tensor | float) -> Tensor:
-    """Return samples in units of the bandwidth, whose distances from each other can be told best.
+def scaled_samples(x: Tensor, bandwidth: Tensor | float, *, by_product: bool) -> Tensor:
+    """Return samples in units of the bandwidth, and for products around a point amid them.
 
     Args:
         x: samples, shape `(..., n, d)`, float32 or float64.
         bandwidth: a number, or a tensor that broadcasts.
+        by_product: see above.
     """
     if isinstance(bandwidth, Tensor):
         bandwidth = bandwidth.to(x.dtype)
-    # Inner products round less around a point amid the samples; distances one by one, less without.
-    return (x if x.dtype == torch.float64 else x - _location(x)) / bandwidth
+    return (x - _location(x) if by_product else x) / bandwidth
 
 
-def rbf_gram(x: Tensor) -> Tensor:
+def rbf_gram(x: Tensor, *, by_product: bool) -> Tensor:
     """Return the RBF Gram matrix of `scaled_samples`, shape `(..., n, n)`, with all derivatives."""
     if torch.compiler.is_compiling() or needs_plain_formulas(x):
-        return rbf_by_operators(x)
-    kernel: Tensor = _RBF.apply(x)
+        return rbf_by_operators(x, x, by_product=by_product)
+    kernel: Tensor = _RBF.apply(x, by_product)
     return kernel
 
 
-def exponentials(x: Tensor, y: Tensor) -> Tensor:
-    """Return the RBF kernel between `scaled_samples`, shape `(..., n, m)`, without a gradient.
+def rbf_by_operators(x: Tensor, y: Tensor, *, by_product: bool) -> Tensor:
+    """Return the RBF kernel between `scaled_samples` by operators that have all derivatives."""
+    if not by_product:
+        return (distances(x, y, 2.0).square() / -2).exp()
+    product = matrix_product(x, y.mT)
+    if x is y:
+        of_x = of_y = product.diagonal(dim1=-2, dim2=-1) / 2
+    else:
+        of_x, of_y = (z.square().sum(dim=-1) / 2 for z in (x, y))
+    return (product - of_x.unsqueeze(-1) - of_y.unsqueeze(-2)).clamp(max=0).exp()
 
-    In float64 distances are taken one by one, so that no digit of any samples is lost. In float32
-    they are taken by one product of matrices. Then an exponent has a rounding error in proportion
-    to the squared distances of its two samples from the bulk of all.
-    """
-    if x.dtype == torch.float64:
+
+def exponentials(x: Tensor, y: Tensor, *, by_product: bool) -> Tensor:
+    """Return the RBF kernel between `scaled_samples`, shape `(..., n, m)`, without a gradient."""
+    if not by_product:
         return distances(x, y, 2.0).square_().div_(-2).exp_()
     if x is y:
+        # With the squared lengths from the product itself, equal samples, whose products are
+        # rounded alike, have an exponent of zero.
         kernel = symmetric_product(x, x.mT)
         of_x = of_y = kernel.diagonal(dim1=-2, dim2=-1) / 2
     else:
@@ -61,11 +72,12 @@ class PulledSamples:
 
     Args:
         x: `scaled_samples`, shape `(..., n, d)`.
+        by_product: whether they are around a point amid them.
     """
 
-    def __init__(self, x: Tensor) -> None:
-        # Around a point amid the samples, the difference of sums below rounds least.
-        self.x = x - _location(x) if x.dtype == torch.float64 else x
+    def __init__(self, x: Tensor, *, by_product: bool) -> None:
+        # There the difference of sums below rounds least.
+        self.x = x if by_product else x - _location(x)
         self.sums: Tensor | None = None
         self.weights: Tensor | None = None
 
@@ -105,27 +117,24 @@ def _location(x: Tensor) -> Tensor:
     return middle.clamp(torch.minimum(first, last), torch.maximum(first, last))
 
 
-def rbf_by_operators(x: Tensor) -> Tensor:
-    """Do what `rbf_gram` does, by operators that have all derivatives."""
-    if x.dtype == torch.float64:
-        return (distances(x, x, 2.0).square() / -2).exp()
-    product = matrix_product(x, x.mT)
-    halves = product.diagonal(dim1=-2, dim2=-1) / 2
-    return (product - halves.unsqueeze(-1) - halves.unsqueeze(-2)).clamp(max=0).exp()
-
-
 class _RBF(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        kernel = exponentials(x, x)
+    def forward(ctx: Any, x: Tensor, by_product: bool) -> Tensor:
+        kernel = exponentials(x, x, by_product=by_product)
+        ctx.by_product = by_product
         ctx.save_for_backward(x, kernel)
         return kernel
 
     @staticmethod
-    def backward(ctx: Any, grad_kernel: Tensor) -> Tensor | None:
+    def backward(ctx: Any, grad_kernel: Tensor) -> tuple[Tensor | None, None]:
         x, kernel = ctx.saved_tensors
         if torch.is_grad_enabled() or needs_plain_formulas(grad_kernel):
-            return gradients_by_operators(rbf_by_operators, [x], grad_kernel)[0]
-        pulled, every = PulledSamples(x), slice(None)
+            plain = partial(_gram_by_operators, by_product=ctx.by_product)
+            return gradients_by_operators(plain, [x], grad_kernel)[0], None
+        pulled, every = PulledSamples(x, by_product=ctx.by_product), slice(None)
         pulled.add(every, every, symmetric_sum(grad_kernel).mul_(kernel))
-        return pulled.total()
+        return pulled.total(), None
+
+
+def _gram_by_operators(x: Tensor, *, by_product: bool) -> Tensor:
+    return rbf_by_operators(x, x, by_product=by_product)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from renyi_kd._checks import check_flag
 from renyi_kd._precision import compute_dtype, exact_dtype
+from renyi_kd.information.distances import median_distance
 from renyi_kd.information.kernels import (
     check_bandwidth,
     check_samples,
@@ -18,6 +19,10 @@ from renyi_kd.information.kernels import (
     polynomial_kernel,
     rbf_kernel,
 )
+from renyi_kd.information.rbf import rbf_gram, scaled_samples
+
+# The median over all pairs of samples takes n x n memory. Up to this n it is a default.
+_LARGEST_MEDIAN = 8192
 
 _OF_TWO_SAMPLES = (linear_kernel, polynomial_kernel, rbf_kernel, laplacian_kernel)
 
@@ -156,9 +161,25 @@ class SampleGram:
         return moved
 
     def matrix(self) -> Tensor:
-        """Make the Gram matrix, `(..., n, n)`: of an RBF kernel in its dtype, else in float64."""
-        x = self.x if self.kernel is rbf_kernel else self.x.to(exact_dtype(self.device))
+        """Make the Gram matrix, in float64, shape `(..., n, n)`."""
+        x = self.x.to(exact_dtype(self.device))
+        if self.kernel is rbf_kernel and self.dtype != torch.float64:
+            # Rounding the samples took more digits than a product takes.
+            scaled = scaled_samples(x, self.bandwidth(order=2.0), by_product=True)
+            return rbf_gram(scaled, by_product=True)
         return self.kernel(x, **self.kernel_options)
+
+    def bandwidth(self, order: float) -> Tensor | float:
+        """Return the bandwidth, by default the median distance in the norm of this order."""
+        given: Tensor | float | None = self.kernel_options.get("bandwidth")
+        if given is not None:
+            return given
+        if (n := self.shape[-1]) > _LARGEST_MEDIAN:
+            raise ValueError(
+                f"`bandwidth` must be given for more than {_LARGEST_MEDIAN} samples, got {n}: the "
+                f"median over all pairs takes n x n memory. Take the median over some of them."
+            )
+        return median_distance(self.x, order)
 
 
 def _of_unit_length(x: Tensor) -> Tensor:

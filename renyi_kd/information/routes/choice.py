@@ -10,7 +10,7 @@ from torch import Tensor
 
 from renyi_kd._autograd import needs_plain_formulas
 from renyi_kd._precision import compute_dtype, ieee_dtype
-from renyi_kd.information.kernels import Subset, joint_gram, rbf_kernel, signed_sum
+from renyi_kd.information.kernels import Subset, joint_gram, signed_sum
 from renyi_kd.information.routes.dual import (
     dual_error,
     dual_matrix,
@@ -76,8 +76,7 @@ def choose_method(alpha: float, method: Method | None) -> Method:
 def entry_error(gram: Gram) -> float:
     """Return the relative rounding error of the entries of a Gram matrix."""
     # Samples are taken as they are; the entries of a given matrix have been rounded.
-    rounds = not isinstance(gram, SampleGram) or gram.kernel is rbf_kernel
-    return torch.finfo(compute_dtype(gram) if rounds else torch.float64).eps
+    return torch.finfo(torch.float64 if isinstance(gram, SampleGram) else compute_dtype(gram)).eps
 
 
 def trace_one_entropy(
@@ -173,9 +172,11 @@ def _sum_without_dual(
     of_subsets = [max(errors[v] for v in subset) for subset in subsets]
     if custom:
         matrices, parts = _of_one_shape(matrices), []
+        dtype = _dtype_of_joints(matrices, alpha, method)
         for epsilon in dict.fromkeys(of_subsets):
             some = [term for term, own in zip(terms, of_subsets, strict=True) if own == epsilon]
-            parts.append(_sum_over_joints(*_needed(matrices, some), alpha, method, epsilon))
+            of_some = _needed(matrices, some)
+            parts.append(_sum_over_joints(*of_some, alpha, method, epsilon, dtype))
         return reduce(add, parts)
     entropies = []
     for subset, epsilon in zip(subsets, of_subsets, strict=True):
@@ -190,6 +191,7 @@ def _sum_over_joints(
     alpha: float,
     method: Method,
     epsilon: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     def value(joints: Tensor) -> Tensor:
         return trace_one_entropy(joints, alpha, method, epsilon=epsilon)
@@ -211,13 +213,12 @@ def _sum_over_joints(
 
     signs, subsets = zip(*terms, strict=True)
     entropy = Entropy(value, value_and_gradient)
-    dtype = _dtype_of_joints(matrices, alpha, method)
     return sum_over_joints(matrices, signs, subsets, entropy, dtype)
 
 
 def _dtype_of_joints(matrices: Sequence[Tensor], alpha: float, method: Method) -> torch.dtype:
-    n = matrices[0].shape[-1]
-    if method != "power" or n < LARGE or alpha > _MAX_FLOAT32_POWER:
+    """Return the dtype of the products of powers, and float64 for eigenvalues."""
+    if method != "power" or matrices[0].shape[-1] < LARGE or alpha > _MAX_FLOAT32_POWER:
         return torch.float64
     return ieee_dtype(compute_dtype(*matrices), matrices[0].device)
 

@@ -30,7 +30,7 @@ from renyi_kd.information.rbf import (
     rbf_by_operators,
     scaled_samples,
 )
-from renyi_kd.information.routes.tiles import Progress, bandwidth_of
+from renyi_kd.information.routes.tiles import Progress
 from renyi_kd.information.samples import SampleGram
 
 # The width of a tile. On a CPU some should fit into the cache, on a GPU each costs launches.
@@ -71,7 +71,12 @@ def sum_of_entropies_of_rbf(
 
 
 def _scaled_samples(gram: SampleGram, dtype: torch.dtype) -> Tensor:
-    return scaled_samples(gram.x.to(dtype), bandwidth_of(gram, order=2.0) * math.sqrt(0.5))
+    bandwidth = gram.bandwidth(order=2.0) * math.sqrt(0.5)
+    return scaled_samples(gram.x.to(dtype), bandwidth, by_product=_by_product(dtype))
+
+
+def _by_product(dtype: torch.dtype) -> bool:
+    return dtype != torch.float64
 
 
 class _SumOfEntropies(torch.autograd.Function):
@@ -109,7 +114,9 @@ class _SumOfEntropies(torch.autograd.Function):
         # By an entry of a product, counted twice: it moves each of its two samples.
         slopes = (grad_bits * (-2 / math.log(2)) / ctx.sums).to(samples[0].dtype)[..., None, None]
         wanted = [v for v, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
-        pulled = {v: PulledSamples(samples[v]) for v in wanted}
+        pulled = {
+            v: PulledSamples(samples[v], by_product=_by_product(samples[v].dtype)) for v in wanted
+        }
         for i, j, products in ctx.kept or _products(samples, subsets, ctx.progress):
             for v in wanted:
                 terms = [
@@ -151,11 +158,13 @@ def _products(
     tiles = upper_tiles(n, _width(samples[0]))
     for i, j in tiles if progress is None else progress(tiles):
         pairs = ((z, z) if len(tiles) == 1 else (z[..., i, :], z[..., j, :]) for z in samples)
-        kernels = [exponentials(rows, columns) for rows, columns in pairs]
+        by_product = _by_product(samples[0].dtype)
+        kernels = [exponentials(*pair, by_product=by_product) for pair in pairs]
         yield i, j, [hadamard_product(kernels, subset) for subset in subsets]
 
 
 def _sum_by_operators(signs: Sequence[int], subsets: Sequence[Subset], *samples: Tensor) -> Tensor:
-    kernels = [rbf_by_operators(z) for z in samples]
+    by_product = _by_product(samples[0].dtype)
+    kernels = [rbf_by_operators(z, z, by_product=by_product) for z in samples]
     products = (hadamard_product(kernels, subset).double() for subset in subsets)
     return signed_sum(signs, (-product.mean(dim=(-2, -1)).log2() for product in products))

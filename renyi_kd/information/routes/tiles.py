@@ -7,14 +7,16 @@ tiles on and above the diagonal stand for those below it too.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from renyi_kd.information.distances import distances, median_distance
+from renyi_kd.information.distances import distances
 from renyi_kd.information.kernels import inverse_trace, laplacian_kernel, rbf_kernel
 from renyi_kd.information.products import Tile, upper_tiles
+from renyi_kd.information.rbf import rbf_by_operators, scaled_samples
 from renyi_kd.information.samples import SampleGram
 
 Evaluate: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -23,9 +25,6 @@ Progress: TypeAlias = Callable[[Sequence[Any]], Iterable[Any]]
 # The width of a tile. On a CPU it should fit into the cache, on a GPU it should keep all of it
 # busy.
 _WIDTH, _WIDTH_ON_GPU = 512, 4096
-
-# The median over all pairs of samples takes n x n memory. Up to this n it is a default.
-_LARGEST_MEDIAN = 8192
 
 
 def check_progress(progress: object) -> None:
@@ -154,9 +153,11 @@ def gradients_of_samples(
 def _tiled_kernel(gram: SampleGram) -> tuple[TiledKernel, Tensor]:
     x = gram.x.double()
     if gram.kernel is laplacian_kernel:
-        return _laplacian(x / bandwidth_of(gram, order=1.0))
+        return _laplacian(x / gram.bandwidth(order=1.0))
     if gram.kernel is rbf_kernel:
-        return _rbf(x / bandwidth_of(gram, order=2.0))
+        by_product = gram.dtype != torch.float64
+        scaled = scaled_samples(x, gram.bandwidth(order=2.0), by_product=by_product)
+        return _rbf(scaled, by_product)
     each = x.unsqueeze(-2)
     diagonal = gram.kernel(each, each, **gram.kernel_options)[..., 0, 0]
     trace = diagonal.detach().sum(dim=-1)[..., None, None]
@@ -169,20 +170,6 @@ def _tiled_kernel(gram: SampleGram) -> tuple[TiledKernel, Tensor]:
     return TiledKernel(x, x, evaluate), diagonal * scale[..., 0] + shift[..., 0]
 
 
-def bandwidth_of(gram: SampleGram, order: float) -> Tensor | float:
-    """Return the bandwidth of a kernel, by default the median in the norm of this order."""
-    bandwidth: Tensor | float | None = gram.kernel_options.get("bandwidth")
-    if bandwidth is not None:
-        return bandwidth
-    n = gram.shape[-1]
-    if n > _LARGEST_MEDIAN:
-        raise ValueError(
-            f"`bandwidth` must be given for more than {_LARGEST_MEDIAN} samples, got {n}: the "
-            f"median over all pairs takes n x n memory. Take the median over some of them."
-        )
-    return median_distance(gram.x, order)
-
-
 def _laplacian(x: Tensor) -> tuple[TiledKernel, Tensor]:
     """The Laplacian kernel of samples in units of the bandwidth."""
 
@@ -192,10 +179,7 @@ def _laplacian(x: Tensor) -> tuple[TiledKernel, Tensor]:
     return TiledKernel(x, x, evaluate), torch.ones_like(x[..., 0])
 
 
-def _rbf(x: Tensor) -> tuple[TiledKernel, Tensor]:
-    """The RBF kernel of samples in units of the bandwidth."""
-
-    def evaluate(rows: Tensor, columns: Tensor) -> Tensor:
-        return (distances(rows, columns, 2.0).square() / -2).exp()
-
+def _rbf(x: Tensor, by_product: bool) -> tuple[TiledKernel, Tensor]:
+    """The RBF kernel of `scaled_samples`."""
+    evaluate = partial(rbf_by_operators, by_product=by_product)
     return TiledKernel(x, x, evaluate), torch.ones_like(x[..., 0])
