@@ -4,9 +4,10 @@ Each functional is a sum of joint entropies with signs, and its last line spells
 the variables are numbers: `x` and `y` are tuples of them, `x + y` is both, and the terms
 `(+1, x), (+1, y), (-1, x + y)` are :math:`S(X) + S(Y) - S(X, Y)`.
 
-The arithmetic is in float64, except for the powers of a single large float32 matrix, which are IEEE
-float32. Neither autocast nor `torch.set_float32_matmul_precision` touches it, forward or backward.
-Results have the promoted dtype of the arguments, at least float32.
+The arithmetic is in float64, except for products of large float32 matrices at integer orders and for
+order 2 of RBF kernels of float32 samples, which are IEEE float32 with sums in float64. Neither
+autocast nor `torch.set_float32_matmul_precision` touches it, forward or backward. Results have the
+promoted dtype of the arguments, at least float32.
 """
 
 from collections.abc import Sequence
@@ -71,11 +72,11 @@ def renyi_entropy(
         `"eigvalsh"` makes the host wait for a CUDA device, except up to n = 32 with Triton 3.3 or
         newer. It has no second derivative on repeated eigenvalues, and none at all on CUDA up to
         n = 32. `"frobenius"` and `"power"` do not wait. They have a second derivative, except at
-        order 2 of a `SampleGram` of 512 samples or more whose kernel is not linear.
+        order 2 of a `SampleGram` of 512 samples or more whose kernel is neither linear nor RBF.
 
-        From n = 512 on, `"power"` multiplies a single float32 matrix in float32, up to alpha 8. Its
-        rounding errors average out to some 1e-9 bits, and to 1e-6 bits if all entries are nearly
-        equal.
+        From n = 128 on, `"frobenius"` multiplies the entries of float32 matrices in float32; so
+        does `"power"` with matrices from n = 512 on, up to alpha 8. The rounding errors average out
+        to some 1e-8 bits, and to 1e-6 bits if all entries are nearly equal.
 
         Where even the products cost too much, `renyi_entropy_estimate` estimates the entropy.
 

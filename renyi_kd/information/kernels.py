@@ -1,8 +1,8 @@
 """Kernels, and Gram matrices divided by their trace (InfoSAM, Def. 1, Eq. 19 and 20).
 
-All arithmetic is in float64. Neither autocast nor `torch.set_float32_matmul_precision` touches that
-dtype, so that results keep their digits, forward and backward, wherever they are computed. What is
-returned has the promoted dtype of the arguments, at least float32.
+The arithmetic is in float64, except that the RBF kernel of float32 samples is made by one product of
+float32 matrices. Neither autocast nor `torch.set_float32_matmul_precision` touches the digits,
+forward or backward. What is returned has the promoted dtype of the arguments, at least float32.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -103,6 +103,12 @@ def rbf_kernel(x: Tensor, y: Tensor | None = None, *, bandwidth: Bandwidth | Non
     Raises:
         TypeError: an argument is not a floating-point tensor.
         ValueError: the shapes do not fit, the devices differ, or `bandwidth` <= 0.
+
+    Note:
+        Without `y`, float32 samples have their squared distances by one product of matrices, with
+        an error of some 1e-7 of the larger squared distance from the bulk of the samples. For
+        near-duplicates, and for samples many bandwidths apart, give float64 samples, whose
+        distances are taken one by one.
 
     Example:
         >>> import torch

@@ -35,10 +35,13 @@ class SampleGram:
     - Linear kernels with fewer dimensions d than samples n are served by a d x d matrix that has
       the same nonzero eigenvalues, at every order. So is the joint of several linear kernels, as
       long as the product of their dimensions is below n.
+    - At order 2, RBF kernels are summed tile by tile, in float32 for float32 samples.
     - At order 2, and by `renyi_entropy_estimate`, other kernels are evaluated tile by tile from 512
-      samples on, and once more in backward. Nothing larger than the samples is kept. Only a
-      bandwidth that is not given needs all distances at once, for their median.
-    - In all other cases the n x n matrix is made, in float64.
+      samples on, in float64.
+    - In all other cases, and in compiled code, the n x n matrix is made, in float64.
+
+    Tiles are evaluated once more in backward, so that nothing larger than the samples is kept. Only
+    a bandwidth that is not given needs all distances at once, for their median.
 
     Args:
         x: samples, one a row, shape `(..., n, d)`.

@@ -7,13 +7,11 @@ import pytest
 import reference
 import torch
 from functionals import FUNCTIONALS, over_few_functionals, samples, tensors
-from grids import small_tiles
+from grids import over, over_cases, small_tiles
 
 import renyi_kd
 from renyi_kd import SampleGram
 
-# Samples whose mean is far from zero, and of several numbers and dimensions.
-SHAPES = [(16, 3), (64, 100), (300, 8), (600, 3), (600, 700)]
 
 
 def rbf_of_samples(x):
@@ -32,9 +30,9 @@ def draws(n, d, offset):
 
 @pytest.mark.parametrize("make", [rbf_of_samples, rbf_matrix])
 @pytest.mark.parametrize("offset", [0, 10])
-@pytest.mark.parametrize(("n", "d"), SHAPES)
-@pytest.mark.parametrize("alpha", [2, 3])
-@over_few_functionals
+@over("n, d", [(64, 100), (530, 8)], slow=[(16, 3), (300, 8), (600, 700)])
+@over("alpha", [2], slow=[3])
+@over_cases("functional", FUNCTIONALS, fast=["mutual information"])
 def test_values_and_gradients_are_those_of_float64(functional, alpha, n, d, offset, make):
     """The same samples in float64 have their distances one by one."""
     x = draws(n, d, offset)
@@ -52,10 +50,9 @@ def test_values_and_gradients_are_those_of_float64(functional, alpha, n, d, offs
             assert (gradient - of_float64).norm() < 1e-4 * of_float64.norm()
 
 
-@pytest.mark.parametrize("n", [12, 600])
-@pytest.mark.parametrize("d", [3, 1500])
+@over("n, d", [(12, 3), (530, 3)], slow=[(12, 500), (530, 100)])
 def test_order_2_of_samples_against_the_reference(n, d):
-    """With products that are kept for backward, and with such that are made anew."""
+    """In float64, by one tile and by several."""
     x = samples(n, d)
     bandwidth = 2 * d**0.5
     grams = [SampleGram(z, renyi_kd.rbf_kernel, bandwidth=bandwidth) for z in tensors(x)]
