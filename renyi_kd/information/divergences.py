@@ -27,7 +27,9 @@ def jensen_renyi_divergence(
     .. math:: S_\alpha\Bigl(\sum_i w_i A_i\Bigr) - \sum_i w_i S_\alpha(A_i), \qquad
         A_i = K_i / \operatorname{tr} K_i
 
-    At :math:`\alpha = 1` it is the quantum Jensen-Shannon divergence.
+    At :math:`\alpha = 1` it is the quantum Jensen-Shannon divergence. How much samples of several
+    groups differ from each other is another quantity: `renyi_mutual_information` of the Gram matrix
+    of all samples and the `label_kernel` of their groups.
 
     Args:
         grams: positive semi-definite matrices :math:`K_i`, at least two, of shape `(..., n, n)`:

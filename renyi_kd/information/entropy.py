@@ -4,8 +4,8 @@ Each functional is a sum of joint entropies with signs, and its last line spells
 the variables are numbers: `x` and `y` are tuples of them, `x + y` is both, and the terms
 `(+1, x), (+1, y), (-1, x + y)` are :math:`S(X) + S(Y) - S(X, Y)`.
 
-The arithmetic is in float64, except for products of large float32 matrices at integer orders and for
-order 2 of RBF kernels of float32 samples, which are IEEE float32 with sums in float64. Neither
+The arithmetic is in float64, except for products of large float32 matrices at integer orders, and
+for order 2 of RBF kernels of float32 samples: these are IEEE float32, with sums in float64. Neither
 autocast nor `torch.set_float32_matmul_precision` touches it, forward or backward. Results have the
 promoted dtype of the arguments, at least float32.
 """

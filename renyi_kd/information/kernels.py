@@ -1,7 +1,7 @@
 """Kernels, and Gram matrices divided by their trace (InfoSAM, Def. 1, Eq. 19 and 20).
 
-The arithmetic is in float64, except that the RBF kernel of float32 samples is made by one product of
-float32 matrices. Neither autocast nor `torch.set_float32_matmul_precision` touches the digits,
+The arithmetic is in float64, except that the RBF kernel of float32 samples is made by one product
+of float32 matrices. Neither autocast nor `torch.set_float32_matmul_precision` touches the digits,
 forward or backward. What is returned has the promoted dtype of the arguments, at least float32.
 """
 
@@ -176,6 +176,10 @@ def label_kernel(labels: Tensor, other: Tensor | None = None) -> Tensor:
     Raises:
         TypeError: labels are not a tensor of integers.
         ValueError: the shapes do not fit, or the devices differ.
+
+    Note:
+        Below order 1, the rounding that is assumed of float32 entries is that of the joint, too.
+        Beside float64 matrices convert this one, which loses nothing, by `.double()`.
 
     Example:
         >>> import torch

@@ -13,7 +13,6 @@ import renyi_kd
 from renyi_kd import SampleGram
 
 
-
 def rbf_of_samples(x):
     return SampleGram(x, renyi_kd.rbf_kernel, bandwidth=2 * x.shape[-1] ** 0.5)
 
