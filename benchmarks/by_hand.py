@@ -29,8 +29,9 @@ from run import device_name
 from textbook import entropy_by_eigenvalues
 
 FOLDER = Path(__file__).parent
-SIZES, DIMENSIONS, ALPHAS = [16, 64, 256, 1024], [8, 64, 256, 2048], [1.01, 2.0, 3.0]
+SIZES, DIMENSIONS, ALPHAS = [16, 64, 256, 1024, 4096], [8, 64, 256, 2048], [1.01, 2.0, 3.0]
 DIMENSION_OF_OTHERS = 64
+LARGEST = 1024  # beyond, order 2 alone, of one dimension: eigenvalues would take hours
 COLORS = {1.01: "#0072B2", 2.0: "#D55E00", 3.0: "#009E73"}
 
 
@@ -95,6 +96,7 @@ def main() -> None:
         for functional, source in product(options.only, ("samples", "matrices"))
         for alpha, n, d in product(options.alphas, options.sizes, options.dimensions)
         if (functional, source) == (MUTUAL, "samples") or d == DIMENSION_OF_OTHERS
+        if n <= LARGEST or (alpha == 2 and d == DIMENSION_OF_OTHERS)
     ]
     rows = [measure(case, options.rounds) for case in cases]
     slug = re.sub(r"\W+", "-", device_name().lower()).strip("-")
