@@ -35,7 +35,8 @@ class SampleGram:
     - Linear kernels with fewer dimensions d than samples n are served by a d x d matrix that has
       the same nonzero eigenvalues, at every order. So is the joint of several linear kernels, as
       long as the product of their dimensions is below n.
-    - At order 2, RBF kernels are summed tile by tile, in float32 for float32 samples.
+    - At order 2, RBF kernels are summed tile by tile. At integer orders they are in float32 if the
+      samples are.
     - At order 2, and by `renyi_entropy_estimate`, other kernels are evaluated tile by tile from 512
       samples on, in float64.
     - In all other cases, and in compiled code, the n x n matrix is made, in float64.
@@ -163,14 +164,19 @@ class SampleGram:
         }
         return moved
 
-    def matrix(self) -> Tensor:
-        """Make the Gram matrix, in float64, shape `(..., n, n)`."""
+    def matrix(self, *, exact: bool = True) -> Tensor:
+        """Make the Gram matrix, shape `(..., n, n)`, in float64.
+
+        If it need not be `exact`, an RBF kernel of float32 samples is in float32.
+        """
+        if self.kernel is not rbf_kernel or self.dtype == torch.float64:
+            return self.kernel(self.x.to(exact_dtype(self.device)), **self.kernel_options)
+        if not exact:
+            return rbf_kernel(self.x, **self.kernel_options)
+        # Rounding the samples took more digits than a product takes.
         x = self.x.to(exact_dtype(self.device))
-        if self.kernel is rbf_kernel and self.dtype != torch.float64:
-            # Rounding the samples took more digits than a product takes.
-            scaled = scaled_samples(x, self.bandwidth(order=2.0), by_product=True)
-            return rbf_gram(scaled, by_product=True)
-        return self.kernel(x, **self.kernel_options)
+        scaled = scaled_samples(x, self.bandwidth(order=2.0), by_product=True)
+        return rbf_gram(scaled, by_product=True)
 
     def bandwidth(self, order: float) -> Tensor | float:
         """Return the bandwidth, by default the median distance in the norm of this order."""
@@ -196,6 +202,8 @@ def _of_unit_length(x: Tensor) -> Tensor:
 Gram: TypeAlias = Tensor | SampleGram
 
 
-def as_matrix(gram: Gram) -> Tensor:
-    """Return a Gram matrix as a tensor: of samples in float64, else in at least float32."""
-    return gram.matrix() if isinstance(gram, SampleGram) else gram.to(compute_dtype(gram))
+def as_matrix(gram: Gram, *, exact: bool = True) -> Tensor:
+    """Return a Gram matrix as a tensor, at least float32; see `SampleGram.matrix`."""
+    if isinstance(gram, SampleGram):
+        return gram.matrix(exact=exact)
+    return gram.to(compute_dtype(gram))

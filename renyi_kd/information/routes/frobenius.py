@@ -178,12 +178,17 @@ class _SumOfEntropies(torch.autograd.Function):
             [x[..., None, None].to(scaled.dtype) for x in slopes]
             for slopes in (of_norms, of_traces)
         )
-        gradients = {v: torch.empty_like(grams[v]) for v in wanted}
+        gradients: dict[int, Tensor] = {}
         for i, j, tiles in _tiles(scaled, grams):
             squares = [tile.square() for tile in tiles] if len(tiles) > 1 else tiles
             for v in wanted:
                 scaled_slopes = [slope * scaled.scales[v] for slope in of_norms]
                 of_tile = tiles[v] * _gradient_of_factor(v, squares, subsets, scaled_slopes)
+                if of_tile.shape == grams[v].shape:
+                    gradients[v] = of_tile.to(grams[v].dtype)
+                    continue
+                if v not in gradients:
+                    gradients[v] = torch.empty_like(grams[v])
                 gradients[v][..., i, j] = of_tile
                 if i != j:
                     gradients[v][..., j, i] = of_tile.mT
@@ -215,6 +220,7 @@ class _ScaledGrams:
         scales = (grams[0].shape[-1] / traces.masked_fill(zero, math.inf)).to(dtype)
         self.scales = scales[..., None, None].unbind()
         self.shifts = zero.to(dtype)[..., None, None].unbind()
+        self.whole: list[Tensor] = []  # the matrices, if they are small
 
     def of(self, sums: Sequence[Tensor]) -> list[Tensor]:
         """Return scaled entries of each matrix, given the sum of it and its transpose."""
@@ -245,7 +251,8 @@ def _tiles(
     """Yield rows and columns of each upper tile, and the entries of each matrix there."""
     n, width = grams[0].shape[-1], _WIDTH if grams[0].is_cpu else _WIDTH_ON_GPU
     if n <= width:
-        yield slice(0, n), slice(0, n), scaled.of([gram + gram.mT for gram in grams])
+        scaled.whole = scaled.whole or scaled.of([gram + gram.mT for gram in grams])
+        yield slice(0, n), slice(0, n), scaled.whole
         return
     for i, j in upper_tiles(n, width):
         yield i, j, scaled.of([gram[..., i, j] + gram[..., j, i].mT for gram in grams])

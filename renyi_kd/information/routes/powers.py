@@ -65,27 +65,27 @@ def trace_of_power(matrix: Tensor, exponent: int) -> Tensor:
 
 def entropy_by_powers(matrix: Tensor, exponent: int) -> Tensor:
     """Return the Rényi entropy of integer order of matrices of trace one, in bits, float64."""
-    logarithm = trace_of_power(matrix, exponent).log2()
-    return (logarithm - exponent * _log2_of_trace(matrix)) / (1 - exponent)
+    trace = trace_of_power(matrix, exponent)
+    return _entropy_of_trace(trace, matrix, exponent)
 
 
 def entropy_and_gradient_by_powers(matrix: Tensor, exponent: int) -> tuple[Tensor, Tensor]:
     """Return also the gradient of the entropy of the matrix divided by its trace, in its dtype."""
     power = _power(matrix, exponent - 1)
     trace = _inner_product(power, matrix)
-    bits = (trace.log2() - exponent * _log2_of_trace(matrix)) / (1 - exponent)
     slope = exponent / ((1 - exponent) * math.log(2))
     gradient = power * (slope / trace)[..., None, None].to(power.dtype)
     gradient.diagonal(dim1=-2, dim2=-1).sub_(slope)
-    return bits, gradient
+    return _entropy_of_trace(trace, matrix, exponent), gradient
 
 
-def _log2_of_trace(matrix: Tensor) -> Tensor | float:
-    """Return the logarithm of a trace that is one but for the rounding to float32."""
-    if matrix.dtype == torch.float64:
-        return 0.0
-    diagonal = matrix.detach().diagonal(dim1=-2, dim2=-1)
-    return diagonal.sum(dim=-1, dtype=torch.float64).log2()
+def _entropy_of_trace(trace: Tensor, matrix: Tensor, exponent: int) -> Tensor:
+    logarithm = trace.log2()
+    if matrix.dtype != torch.float64:
+        # Rounding to float32 leaves a trace of nearly one.
+        diagonal = matrix.detach().diagonal(dim1=-2, dim2=-1)
+        logarithm = logarithm - exponent * diagonal.sum(dim=-1, dtype=torch.float64).log2()
+    return logarithm / (1 - exponent)
 
 
 class _TraceOfPower(torch.autograd.Function):
