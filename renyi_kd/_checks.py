@@ -42,8 +42,9 @@ def check_floating(name: str, value: object) -> None:
         )
     if value.dtype in _INTEGERS:
         raise TypeError(
-            f"`{name}` must have a floating-point dtype, got {value.dtype}. Make samples of class "
-            f"labels by torch.nn.functional.one_hot(labels).float(), and of numbers by `.float()`."
+            f"`{name}` must have a floating-point dtype, got {value.dtype}. The Gram matrix of "
+            f"class labels is label_kernel(labels), and samples of them are "
+            f"torch.nn.functional.one_hot(labels).float(). Convert numbers by `.float()`."
         )
     if value.dtype not in _FLOATING:
         raise TypeError(

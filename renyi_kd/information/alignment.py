@@ -97,9 +97,11 @@ def inner_product(x: Gram, y: Gram, *, centred: bool) -> Tensor:
 def cosine(x: Gram, y: Gram, *, centred: bool) -> Tensor:
     """Return the cosine of the symmetric parts of two Gram matrices, or 0 if one is zero."""
     product = inner_product(x, y, centred=centred)
-    squares = inner_product(x, x, centred=centred) * inner_product(y, y, centred=centred)
-    zero = squares == 0
-    return torch.where(zero, 0.0, product / torch.where(zero, 1.0, squares).sqrt())
+    of_x, of_y = (inner_product(gram, gram, centred=centred) for gram in (x, y))
+    zero = (of_x == 0) | (of_y == 0)
+    # The root of each, since the product of both leaves the range sooner.
+    lengths = [torch.where(zero, 1.0, square).sqrt() for square in (of_x, of_y)]
+    return torch.where(zero, 0.0, product / lengths[0] / lengths[1])
 
 
 def _centred(x: Tensor, dim: int) -> Tensor:

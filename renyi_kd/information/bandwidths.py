@@ -94,9 +94,10 @@ def scott_bandwidth(x: Tensor) -> Tensor:
         >>> scott_bandwidth(torch.arange(32.0).unsqueeze(1))
         tensor([[4.6904]])
     """
+    deviation = _deviation(x)
     n, d = x.shape[-2:]
     factor: float = n ** (-1 / (d + 4))
-    return _deviation(x) * factor
+    return deviation * factor
 
 
 def silverman_bandwidth(x: Tensor) -> Tensor:
@@ -123,9 +124,10 @@ def silverman_bandwidth(x: Tensor) -> Tensor:
         >>> silverman_bandwidth(torch.arange(32.0).unsqueeze(1))
         tensor([[4.9682]])
     """
+    deviation = _deviation(x)
     n, d = x.shape[-2:]
     factor: float = (4 / (n * (d + 2))) ** (1 / (d + 4))
-    return _deviation(x) * factor
+    return deviation * factor
 
 
 def dimension_bandwidth(x: Tensor) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from renyi_kd._checks import check_choice
+from renyi_kd._precision import compute_dtype
 from renyi_kd.information.entropy import as_result, check_variables, sum_of_entropies_in_bits
 from renyi_kd.information.routes.choice import Method
 from renyi_kd.information.routes.tiles import Progress
@@ -81,8 +82,9 @@ def renyi_normalized_mutual_information(
         progress: see `renyi_entropy`.
 
     Returns:
-        The share, shape `(...)`, and 0 where the entropy is below 1e-12 bits. With constant
-        diagonals it is at most 1; it can be slightly negative.
+        The share, shape `(...)`, and 0 where the entropy is zero but for rounding (1e-12 bits in
+        float64, 1e-5 bits in float32). With constant diagonals it is at most 1; it can be slightly
+        negative.
 
     Raises:
         TypeError: as `renyi_joint_entropy`.
@@ -117,7 +119,8 @@ def renyi_normalized_mutual_information(
     }
     divisor = divisors[normalizer]
     # The entropy of a constant variable is zero but for rounding.
-    zero = divisor < 1e-12
+    rounding = 1e-12 if compute_dtype(*grams) == torch.float64 else 1e-5
+    zero = divisor.abs() < rounding
     share = torch.where(zero, 0.0, information / torch.where(zero, 1.0, divisor))
     return as_result(share, grams)
 

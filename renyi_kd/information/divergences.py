@@ -91,6 +91,7 @@ def cauchy_schwarz_divergence(gram_x: Gram, gram_y: Gram) -> Tensor:
 
     Returns:
         Divergence in bits, shape `(...)`, at least 0; infinite if the inner product is zero.
+        Near there its gradient is without bound.
 
     Raises:
         TypeError: an argument is not a floating-point tensor.
@@ -112,7 +113,13 @@ def cauchy_schwarz_divergence(gram_x: Gram, gram_y: Gram) -> Tensor:
 
 def _shares(weights: Sequence[float] | None, number: int) -> list[float]:
     """Return the weights divided by their sum. Raise unless there is one for each matrix."""
-    weights = [1.0] * number if weights is None else list(weights)
+    if weights is None:
+        weights = [1.0] * number
+    if not isinstance(weights, Sequence):
+        raise TypeError(
+            f"`weights` must be a sequence of numbers, got {type(weights).__name__}. "
+            f"Give one number for each Gram matrix."
+        )
     checked = [check_real(f"weights[{i}]", w, minimum=0) for i, w in enumerate(weights)]
     if len(checked) != number or not 0 < sum(checked) < math.inf:
         raise ValueError(

@@ -76,7 +76,7 @@ def renyi_entropy(
 
         From n = 128 on, `"frobenius"` multiplies the entries of float32 matrices in float32; so
         does `"power"` with matrices from n = 512 on, up to alpha 8. The rounding errors average out
-        to some 1e-8 bits, and to 1e-6 bits if all entries are nearly equal.
+        to some 1e-8 bits, and to a few 1e-6 bits if all entries are nearly equal.
 
         Where even the products cost too much, `renyi_entropy_estimate` estimates the entropy.
 

@@ -35,13 +35,13 @@ def scaled_samples(x: Tensor, bandwidth: Tensor | float, *, by_product: bool) ->
 def rbf_gram(x: Tensor, *, by_product: bool) -> Tensor:
     """Return the RBF Gram matrix of `scaled_samples`, shape `(..., n, n)`, with all derivatives."""
     if torch.compiler.is_compiling() or needs_plain_formulas(x):
-        return rbf_by_operators(x, x, by_product=by_product)
+        return gram_by_operators(x, by_product=by_product)
     kernel: Tensor = _RBF.apply(x, by_product)
     return kernel
 
 
 def rbf_by_operators(x: Tensor, y: Tensor, *, by_product: bool) -> Tensor:
-    """Return the RBF kernel between `scaled_samples` by operators that have all derivatives."""
+    """Return the RBF kernel between `scaled_samples` by operators that have a derivative."""
     if not by_product:
         return (distances(x, y, 2.0).square() / -2).exp()
     product = matrix_product(x, y.mT)
@@ -49,7 +49,9 @@ def rbf_by_operators(x: Tensor, y: Tensor, *, by_product: bool) -> Tensor:
         of_x = of_y = product.diagonal(dim1=-2, dim2=-1) / 2
     else:
         of_x, of_y = (z.square().sum(dim=-1) / 2 for z in (x, y))
-    return (product - of_x.unsqueeze(-1) - of_y.unsqueeze(-2)).clamp(max=0).exp()
+    exponents = product - of_x.unsqueeze(-1) - of_y.unsqueeze(-2)
+    # Not clamped, since that would cut off derivatives, which are not zero at exponents of zero.
+    return (exponents - exponents.detach().clamp(min=0)).exp()
 
 
 def exponentials(x: Tensor, y: Tensor, *, by_product: bool) -> Tensor:
@@ -111,7 +113,7 @@ def _location(x: Tensor) -> Tensor:
     """
     x = x.detach()
     if torch.compiler.is_compiling():  # the number of the middle one would make n constant
-        return x.mean(dim=-2, keepdim=True)
+        return x.median(dim=-2, keepdim=True).values
     n = x.shape[-2]
     first, middle, last = x[..., :1, :], x[..., n // 2 : n // 2 + 1, :], x[..., -1:, :]
     return middle.clamp(torch.minimum(first, last), torch.maximum(first, last))
@@ -129,12 +131,17 @@ class _RBF(torch.autograd.Function):
     def backward(ctx: Any, grad_kernel: Tensor) -> tuple[Tensor | None, None]:
         x, kernel = ctx.saved_tensors
         if torch.is_grad_enabled() or needs_plain_formulas(grad_kernel):
-            plain = partial(_gram_by_operators, by_product=ctx.by_product)
+            plain = partial(gram_by_operators, by_product=ctx.by_product)
             return gradients_by_operators(plain, [x], grad_kernel)[0], None
         pulled, every = PulledSamples(x, by_product=ctx.by_product), slice(None)
         pulled.add(every, every, symmetric_sum(grad_kernel).mul_(kernel))
         return pulled.total(), None
 
 
-def _gram_by_operators(x: Tensor, *, by_product: bool) -> Tensor:
-    return rbf_by_operators(x, x, by_product=by_product)
+def gram_by_operators(x: Tensor, *, by_product: bool) -> Tensor:
+    """Do what `rbf_gram` does, by operators that have all derivatives."""
+    if by_product or torch.compiler.is_compiling():
+        return rbf_by_operators(x, x, by_product=by_product)
+    # Not by distances, whose second derivative is infinite where they are zero.
+    differences = x.unsqueeze(-2) - x.unsqueeze(-3)
+    return (differences.square().sum(dim=-1) / -2).exp()

@@ -101,8 +101,10 @@ class SampleGram:
         """Try the kernel on a single sample, so that a wrong one fails here."""
         if self.kernel is rbf_kernel and self.kernel_options.keys() <= {"bandwidth"}:
             bandwidth = check_bandwidth(self.x, self.kernel_options.get("bandwidth"))
-            if not (isinstance(bandwidth, Tensor) and bandwidth.requires_grad):
-                return
+            if not isinstance(bandwidth, Tensor) or bandwidth.ndim == 0:
+                self.kernel_options = {"bandwidth": bandwidth}
+                if not (isinstance(bandwidth, Tensor) and bandwidth.requires_grad):
+                    return
         first = self.x.detach()[..., :1, :]
         with torch.enable_grad():
             entry = self.kernel(first, first, **self.kernel_options)
@@ -153,6 +155,11 @@ class SampleGram:
     def device(self) -> torch.device:
         """The device of the samples."""
         return self.x.device
+
+    def tensors(self) -> list[Tensor]:
+        """Return the samples and the options that are tensors."""
+        options = self.kernel_options.values()
+        return [self.x, *(value for value in options if isinstance(value, Tensor))]
 
     def cpu(self) -> "SampleGram":
         """Return the same of samples on the CPU."""

@@ -61,6 +61,32 @@ def test_a_constant_variable_shares_nothing():
         assert torch.autograd.grad(value, constant)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("alpha", [2, 3])
+@pytest.mark.parametrize("constant", [0.0, 0.3])
+def test_a_constant_variable_of_many_samples(constant, alpha):
+    x = torch.randn(520, 3, generator=torch.Generator().manual_seed(0))
+    gram, same = renyi_kd.rbf_kernel(x, bandwidth=1.0), torch.full((520, 520), constant)
+    assert renyi_kd.renyi_normalized_mutual_information(same, gram, alpha) == 0
+
+
+@pytest.mark.parametrize("alpha", [1, 2, 3])
+@pytest.mark.parametrize("normalizer", ["min", "max", "joint"])
+def test_a_normalised_information_of_what_is_not_finite_is_not(normalizer, alpha):
+    gram = torch.eye(6)
+    gram[2, 3] = math.inf
+    value = renyi_kd.renyi_normalized_mutual_information(
+        gram, torch.eye(6), alpha, normalizer=normalizer
+    )
+    assert not value.isfinite()
+
+
+@pytest.mark.parametrize("scale", [1e-90, 1e90])
+def test_the_scale_of_matrices_does_not_matter(scale):
+    a, b = tensors(matrices(9, 2))
+    for of in (renyi_kd.cka, renyi_kd.cauchy_schwarz_divergence):
+        torch.testing.assert_close(of(scale * a, scale * b), of(a, b))
+
+
 @over_alphas
 @pytest.mark.parametrize("number", [2, 3, 4])
 def test_dual_total_correlation(number, alpha):
@@ -254,6 +280,13 @@ def test_labels(convert):
             ValueError,
             "not all zero",
         ),
+        (
+            lambda g: renyi_kd.jensen_renyi_divergence(g, g, weights={1: 2}),
+            TypeError,
+            "`weights` must be a sequence.*dict",
+        ),
+        (lambda g: renyi_kd.scott_bandwidth(g[0]), ValueError, "one sample a row"),
+        (lambda g: renyi_kd.silverman_bandwidth([1.0]), TypeError, "`x`"),
         (
             lambda g: renyi_kd.renyi_normalized_mutual_information(g, g, normalizer="mean"),
             ValueError,

@@ -353,3 +353,43 @@ def test_many_near_duplicates_keep_digits(alpha, method):
     gram = gram_with_spectrum(p, np.random.default_rng(0))
     value = renyi_kd.renyi_entropy(torch.tensor(gram), alpha, method=method)
     assert value.item() == pytest.approx(reference.entropy_of_spectrum(p, alpha), rel=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1, 2, 3])
+@pytest.mark.parametrize("n", [8, 600])
+def test_no_graph_is_needed_in_inference_mode(alpha, n):
+    x = torch.randn(n, 3, generator=torch.Generator().manual_seed(0))
+    gram = renyi_kd.rbf_kernel(x, bandwidth=1.0).requires_grad_()
+    expected = renyi_kd.renyi_mutual_information(gram, gram, alpha)
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            value = renyi_kd.renyi_mutual_information(gram, gram, alpha)
+        assert value.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [2, 3])
+@pytest.mark.parametrize("number", [7, 20])
+def test_many_variables_stay_within_the_range_of_float32(alpha, number):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(number, 512, 1, generator=generator)
+    grams = renyi_kd.rbf_kernel(x, bandwidth=1.0).requires_grad_()
+    exact = grams.detach().double().requires_grad_()
+    value, expected = (
+        renyi_kd.renyi_total_correlation(*variables, alpha=alpha) for variables in (grams, exact)
+    )
+    assert value.item() == pytest.approx(expected.item(), abs=1e-5)
+    gradients = [torch.autograd.grad(*pair)[0] for pair in ((value, grams), (expected, exact))]
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[1].norm()
+
+
+@pytest.mark.parametrize("alpha", [1, 2, 3])
+def test_each_gradient_has_the_digits_of_its_own_dtype(alpha):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 8, 3, generator=generator, dtype=torch.float64)
+    first = renyi_kd.rbf_kernel(x.float(), bandwidth=1.0)
+    second = (1e-60 * renyi_kd.rbf_kernel(y, bandwidth=1.0)).requires_grad_()
+    gradients = [
+        torch.autograd.grad(renyi_kd.renyi_mutual_information(k, second, alpha), second)[0]
+        for k in (first, first.double())
+    ]
+    assert (gradients[0] - gradients[1]).norm() < 1e-12 * gradients[1].norm()

@@ -1,6 +1,7 @@
 """Kernels of float32 samples, by products of matrices: digits, gradients, and where they end."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import reference
 import torch
 from functionals import FUNCTIONALS, over_few_functionals, samples, tensors
 from grids import over, over_cases, small_tiles
+from torch.autograd import forward_ad
 
 import renyi_kd
 from renyi_kd import SampleGram
@@ -168,3 +170,48 @@ def test_equal_samples_stay_equal():
     gram = renyi_kd.rbf_kernel(x.repeat(2, 1), bandwidth=1.0)
     assert np.abs(gram[:150, 150:].diagonal().numpy() - 1).max() < 1e-2
     assert (gram.diagonal() == 1).all()
+
+
+def test_an_outlier_does_not_hide_the_others_in_compiled_code():
+    x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    x[5] = 1e6
+
+    def kernel(x):
+        return renyi_kd.rbf_kernel(x, bandwidth=1.0)
+
+    compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(compiled.double(), kernel(x.double()), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_second_derivatives_of_equal_samples(dtype):
+    """The kernel of two is -|a - b|^2 / 2 to second order."""
+    two = torch.ones(2, 2, dtype=dtype)
+    hessian = torch.func.hessian(lambda z: renyi_kd.rbf_kernel(z, bandwidth=1.0)[0, 1])(two)
+    identity = torch.eye(2, dtype=dtype)
+    for i, j in np.ndindex(2, 2):
+        torch.testing.assert_close(hessian[i, :, j, :], identity if i != j else -identity)
+
+
+def test_forward_mode_by_the_bandwidth_of_samples():
+    (x,) = tensors(samples(9, 3, 1))
+
+    def value(bandwidth):
+        return renyi_kd.renyi_entropy(SampleGram(x, renyi_kd.rbf_kernel, bandwidth=bandwidth))
+
+    bandwidth = torch.tensor(1.3, dtype=torch.float64)
+    _, slope = torch.func.jvp(value, (bandwidth,), (torch.ones_like(bandwidth),))
+    expected = (value(bandwidth + 1e-5) - value(bandwidth - 1e-5)) / 2e-5
+    assert slope.item() == pytest.approx(expected.item(), rel=1e-6)
+    with forward_ad.dual_level():
+        result = value(forward_ad.make_dual(bandwidth, torch.ones_like(bandwidth)))
+        assert forward_ad.unpack_dual(result).tangent.item() == pytest.approx(slope.item())
+
+
+def test_a_bandwidth_of_samples_is_checked():
+    (x,) = tensors(samples(9, 3, 1))
+    with pytest.raises(ValueError, match="`kernel` must make"):
+        SampleGram(x, renyi_kd.rbf_kernel, bandwidth=torch.ones(3, 1, 1))
+    gram = SampleGram(x, renyi_kd.rbf_kernel, bandwidth=Fraction(3, 2))
+    expected = renyi_kd.renyi_entropy(renyi_kd.rbf_kernel(x, bandwidth=1.5))
+    torch.testing.assert_close(renyi_kd.renyi_entropy(gram), expected)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import reduce
+from itertools import chain
 from operator import add
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -154,8 +155,8 @@ def _sum_without_dual(
     progress: Progress | None,
 ) -> Tensor:
     signs, subsets = zip(*terms, strict=True)
-    tensors = [gram.x if isinstance(gram, SampleGram) else gram for gram in grams]
-    custom = not needs_plain_formulas(*tensors)
+    tensors = (gram.tensors() if isinstance(gram, SampleGram) else [gram] for gram in grams)
+    custom = not needs_plain_formulas(*chain.from_iterable(tensors))
     # torch.compile fuses the plain operators, which is as good. It must not even compare the size,
     # or it would compile again for the larger ones.
     custom = custom and not torch.compiler.is_compiling()
@@ -220,7 +221,10 @@ def _sum_over_joints(
 
 def _dtype_of_joints(matrices: Sequence[Tensor], alpha: float, method: Method) -> torch.dtype:
     """Return the dtype of the products of powers, and float64 for eigenvalues."""
-    if method != "power" or matrices[0].shape[-1] < LARGE or alpha > _MAX_FLOAT32_POWER:
+    n = matrices[0].shape[-1]
+    # An entry of a product of matrices of trace one is one over n to this power, or less.
+    in_range = n ** len(matrices) < 2.0**60
+    if method != "power" or n < LARGE or alpha > _MAX_FLOAT32_POWER or not in_range:
         return torch.float64
     return ieee_dtype(compute_dtype(*matrices), matrices[0].device)
 

@@ -27,7 +27,7 @@ from renyi_kd.information.products import upper_tiles
 from renyi_kd.information.rbf import (
     PulledSamples,
     exponentials,
-    rbf_by_operators,
+    gram_by_operators,
     scaled_samples,
 )
 from renyi_kd.information.routes.tiles import Progress
@@ -66,7 +66,8 @@ def sum_of_entropies_of_rbf(
     if any(shape != shapes[0] for shape in shapes):
         batch = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
         samples = [z.expand(*batch, *z.shape[-2:]) for z in samples]
-    total: Tensor = _SumOfEntropies.apply(signs, subsets, progress, *samples)
+    keep = torch.is_grad_enabled() and _are_few(samples, subsets)
+    total: Tensor = _SumOfEntropies.apply(signs, subsets, progress, keep, *samples)
     return total
 
 
@@ -86,10 +87,10 @@ class _SumOfEntropies(torch.autograd.Function):
         signs: Sequence[int],
         subsets: Sequence[Subset],
         progress: Progress | None,
+        keep: bool,
         *samples: Tensor,
     ) -> Tensor:
         n = samples[0].shape[-2]
-        keep = any(ctx.needs_input_grad) and _are_few(samples, subsets)
         kept = []
         sums: list[list[Tensor]] = [[] for _ in subsets]
         for tile in _products(samples, subsets, progress):
@@ -110,10 +111,10 @@ class _SumOfEntropies(torch.autograd.Function):
         samples, subsets = ctx.saved_tensors, ctx.subsets
         if torch.is_grad_enabled() or needs_plain_formulas(grad_bits):
             plain = partial(_sum_by_operators, ctx.signs, subsets)
-            return None, None, None, *gradients_by_operators(plain, samples, grad_bits)
+            return None, None, None, None, *gradients_by_operators(plain, samples, grad_bits)
         # By an entry of a product, counted twice: it moves each of its two samples.
         slopes = (grad_bits * (-2 / math.log(2)) / ctx.sums).to(samples[0].dtype)[..., None, None]
-        wanted = [v for v, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+        wanted = [v for v, needed in enumerate(ctx.needs_input_grad[4:]) if needed]
         pulled = {
             v: PulledSamples(samples[v], by_product=_by_product(samples[v].dtype)) for v in wanted
         }
@@ -128,7 +129,7 @@ class _SumOfEntropies(torch.autograd.Function):
                 ]
                 pulled[v].add(i, j, _weighted_sum(terms))
         gradients = {v: pulled[v].total() for v in wanted}
-        return None, None, None, *(gradients.get(v) for v in range(len(samples)))
+        return None, None, None, None, *(gradients.get(v) for v in range(len(samples)))
 
 
 def _weighted_sum(terms: Sequence[tuple[int, Tensor, Tensor]]) -> Tensor:
@@ -165,6 +166,6 @@ def _products(
 
 def _sum_by_operators(signs: Sequence[int], subsets: Sequence[Subset], *samples: Tensor) -> Tensor:
     by_product = _by_product(samples[0].dtype)
-    kernels = [rbf_by_operators(z, z, by_product=by_product) for z in samples]
+    kernels = [gram_by_operators(z, by_product=by_product) for z in samples]
     products = (hadamard_product(kernels, subset).double() for subset in subsets)
     return signed_sum(signs, (-product.mean(dim=(-2, -1)).log2() for product in products))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from renyi_kd._autograd import gradients_by_operators, needs_plain_formulas
+from renyi_kd._precision import compute_dtype
 from renyi_kd.information.kernels import Subset, hadamard_product, joint_gram, signed_sum
 from renyi_kd.information.products import symmetric_sum
 
@@ -42,7 +43,8 @@ def sum_over_joints(
     Returns:
         The sum in bits, float64, shape `(...)`, with the derivatives that `entropy.value` has.
     """
-    total: Tensor = _SumOverJoints.apply(signs, subsets, entropy, dtype, *grams)
+    learns = torch.is_grad_enabled() and any(gram.requires_grad for gram in grams)
+    total: Tensor = _SumOverJoints.apply(signs, subsets, entropy, dtype, learns, *grams)
     return total
 
 
@@ -54,6 +56,7 @@ class _SumOverJoints(torch.autograd.Function):
         subsets: Sequence[Subset],
         entropy: Entropy,
         dtype: torch.dtype,
+        learns: bool,
         *grams: Tensor,
     ) -> Tensor:
         twice = symmetric_sum(_stack(grams)).to(dtype)
@@ -66,8 +69,7 @@ class _SumOverJoints(torch.autograd.Function):
         joints = _stack([hadamard_product(matrices, subset) for subset in subsets])
         of_joints = _trace(joints)[..., None, None]
         joints = joints / of_joints
-        needed = ctx.needs_input_grad[4:]
-        if not any(needed):
+        if not learns:
             return signed_sum(signs, entropy.value(joints).unbind())
         bits, slopes = entropy.value_and_gradient(joints)
         of_products = [
@@ -76,18 +78,20 @@ class _SumOverJoints(torch.autograd.Function):
         ]
         numbers = range(len(grams))
         gradients = [_gradient_of_factor(v, matrices, subsets, of_products) for v in numbers]
-        slopes = (_stack(gradients) * (2 * scales)).to(grams[0].dtype)
+        slopes = (_stack(gradients) * (2 * scales)).to(compute_dtype(*grams))
         ctx.plain = partial(_sum_by_operators, signs, subsets, entropy.value)
         ctx.save_for_backward(*grams, slopes)
         return signed_sum(signs, bits.unbind())
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        gradients: list[Tensor | None]
         *grams, slopes = ctx.saved_tensors
         if torch.is_grad_enabled() or needs_plain_formulas(grad_total):
-            return None, None, None, None, *gradients_by_operators(ctx.plain, grams, grad_total)
-        gradients = slopes * grad_total[..., None, None].to(slopes.dtype)
-        return None, None, None, None, *gradients.unbind()
+            gradients = gradients_by_operators(ctx.plain, grams, grad_total)
+        else:
+            gradients = list((slopes * grad_total[..., None, None].to(slopes.dtype)).unbind())
+        return None, None, None, None, None, *gradients
 
 
 def _stack(matrices: Sequence[Tensor]) -> Tensor:
