@@ -95,12 +95,18 @@ def _gradient_of_factor(
     v: int, factors: Sequence[Tensor], subsets: Sequence[Subset], gradients: Sequence[Tensor]
 ) -> Tensor:
     """Return the gradient of factor `v`, from those of the Hadamard products over `subsets`."""
-    parts = []
+    total: Tensor | None = None
     for gradient, subset in zip(gradients, subsets, strict=True):
         others = [u for u in subset if u != v]
-        if v in subset:
-            parts.append(hadamard_product(factors, others) * gradient if others else gradient)
-    total: Tensor = reduce(add, parts)
+        if v not in subset:
+            continue
+        if not others:
+            total = gradient if total is None else total + gradient
+        elif total is None:
+            total = hadamard_product(factors, others) * gradient
+        else:
+            total = torch.addcmul(total, hadamard_product(factors, others), gradient)
+    assert total is not None
     return total
 
 
@@ -223,11 +229,11 @@ class _ScaledGrams:
         self.whole: list[Tensor] = []  # the matrices, if they are small
 
     def of(self, sums: Sequence[Tensor]) -> list[Tensor]:
-        """Return scaled entries of each matrix, given the sum of it and its transpose."""
-        return [
-            torch.addcmul(shift, twice.to(self.dtype), scale, value=0.5)
-            for twice, scale, shift in zip(sums, self.scales, self.shifts, strict=True)
-        ]
+        """Return scaled entries of each matrix, given its sum with its transpose, overwritten."""
+        entries = [twice.to(self.dtype) for twice in sums]
+        for twice, scale, shift in zip(entries, self.scales, self.shifts, strict=True):
+            torch.addcmul(shift, twice, scale, value=0.5, out=twice)
+        return entries
 
     def diagonals(self, grams: Sequence[Tensor]) -> list[Tensor]:
         """Return the scaled diagonals, shape `(..., n)` each."""
