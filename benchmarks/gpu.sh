@@ -4,7 +4,7 @@
 #   tests    every test that needs CUDA, and the fast tests of the core with CUDA as default device
 #   kernels  each Triton kernel against the bandwidth of a copy, and the launches of a step
 #   loss     the loss against the textbook form: batches, orders, eager, compiled and graphed
-#   routes   the routes to the entropy, and those by hand
+#   routes   the routes to the entropy, and functionals against code by hand
 #   step     a fine-tuning step of ViT-B and Hiera-B+ at 1024 pixels, batch 4, in bfloat16
 #   mixed    200 steps of the small SAM in float32, bfloat16 and float16
 #
@@ -54,6 +54,8 @@ routes)
     reduced=()
     ((gpu)) || reduced=(--sizes 64 129 --largest 1)
     "$python" benchmarks/routes.py --results "$folder" "${reduced[@]}" "$@"
+    ((gpu)) || reduced=(--sizes 16 --alphas 2 --dimensions 64 --rounds 1)
+    "$python" benchmarks/by_hand.py --results "$folder" "${reduced[@]}"
     ;;
 step)
     if ((gpu)); then sam=vit_b sam2=sam2.1_hiera_b+ rounds=15; else sam=tiny sam2=tiny rounds=1; fi
