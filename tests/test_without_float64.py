@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from grids import over
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -52,8 +53,8 @@ FUNCTIONALS = {
 }
 
 
-@pytest.mark.parametrize("alpha", [2, 3, 1.01, math.inf])
-@pytest.mark.parametrize("n", [8, 600])
+@over("alpha", [2, 3, 1.01], slow=[math.inf])
+@over("n", [8, 600], slow=[130])
 @pytest.mark.parametrize("name", FUNCTIONALS)
 def test_information(name, n, alpha):
     with FakeTensorMode(), RefuseFloat64():

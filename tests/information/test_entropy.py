@@ -355,8 +355,7 @@ def test_many_near_duplicates_keep_digits(alpha, method):
     assert value.item() == pytest.approx(reference.entropy_of_spectrum(p, alpha), rel=1e-6)
 
 
-@pytest.mark.parametrize("alpha", [0.5, 1, 2, 3])
-@pytest.mark.parametrize("n", [8, 600])
+@over("n, alpha", [(8, 0.5), (8, 1), (600, 2), (600, 3)], slow=[(600, 1)])
 def test_no_graph_is_needed_in_inference_mode(alpha, n):
     x = torch.randn(n, 3, generator=torch.Generator().manual_seed(0))
     gram = renyi_kd.rbf_kernel(x, bandwidth=1.0).requires_grad_()
@@ -367,8 +366,7 @@ def test_no_graph_is_needed_in_inference_mode(alpha, n):
         assert value.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("alpha", [2, 3])
-@pytest.mark.parametrize("number", [7, 20])
+@over("alpha, number", [(2, 7), (3, 20)], slow=[(2, 20), (3, 7)])
 def test_many_variables_stay_within_the_range_of_float32(alpha, number):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(number, 512, 1, generator=generator)

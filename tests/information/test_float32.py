@@ -65,7 +65,7 @@ def test_order_2_of_samples_against_the_reference(n, d):
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("d", [2, 40])
+@pytest.mark.parametrize("d", [2, 12])
 @over_few_functionals
 def test_derivatives_of_order_2_of_samples(functional, d):
     """Once by tiles that are made anew or kept, and twice."""
@@ -179,7 +179,7 @@ def test_an_outlier_does_not_hide_the_others_in_compiled_code():
     def kernel(x):
         return renyi_kd.rbf_kernel(x, bandwidth=1.0)
 
-    compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager")(x)
+    compiled = torch.compile(kernel, fullgraph=True, backend="eager")(x)
     torch.testing.assert_close(compiled.double(), kernel(x.double()), rtol=0, atol=1e-6)
 
 
