@@ -35,8 +35,8 @@ Method: TypeAlias = Literal["frobenius", "power", "eigvalsh"]
 Term: TypeAlias = tuple[int, Subset]
 _METHODS: tuple[str, ...] = get_args(Method)
 
-# From this n on it is faster to go through a matrix tile by tile, without copies of it, and kernels
-# of samples need no matrix.
+# From this n on kernels of samples are gone through tile by tile at order 2, without a matrix, and
+# powers of float32 matrices are multiplied in float32.
 LARGE = 512
 
 # From this n on order 2 of given matrices is faster tile by tile, with fewer copies of them.
