@@ -89,7 +89,6 @@ def main() -> None:
     parser.add_argument("--only", choices=FUNCTIONALS, nargs="+", default=list(FUNCTIONALS))
     parser.add_argument("--rounds", type=int, default=5, help="of which medians are taken")
     parser.add_argument("--results", type=Path, default=FOLDER / "results")
-    parser.add_argument("--name", help="of the files; default: that of the device")
     options = parser.parse_args()
     cases = [
         Case(functional, source, alpha, n, d)
@@ -100,7 +99,7 @@ def main() -> None:
     ]
     rows = [measure(case, options.rounds) for case in cases]
     slug = re.sub(r"\W+", "-", device_name().lower()).strip("-")
-    target = options.results / f"by-hand-{options.name or slug}.md"
+    target = options.results / f"by-hand-{slug}.md"
     plot(rows).savefig(target.with_suffix(".png"), dpi=120)
     target.write_text(f"{head()}\n{table(rows)}\n![time by n]({target.stem}.png)\n")
     print(target.read_text())

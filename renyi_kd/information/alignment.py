@@ -4,6 +4,8 @@ Two linear kernels, given as `SampleGram`, need no n x n matrix: the inner produ
 :math:`Z Z^\top` and :math:`Y Y^\top` is the squared norm of :math:`Z^\top Y`.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,8 +45,8 @@ def hsic(gram_x: Gram, gram_y: Gram) -> Tensor:
     n = gram_x.shape[-1]
     if n < 2:
         raise ValueError("`gram_x` must be of at least two samples, got one.")
-    x, y = where_float64_is(grams)
-    return as_result(inner_product(x, y, centred=True) / (n - 1) ** 2, grams)
+    x, y, inner_product = _operands(grams, centred=True)
+    return as_result(inner_product(x, y) / (n - 1) ** 2, grams)
 
 
 def cka(gram_x: Gram, gram_y: Gram) -> Tensor:
@@ -75,33 +77,49 @@ def cka(gram_x: Gram, gram_y: Gram) -> Tensor:
         tensor(1.)
     """
     grams, _ = check_variables(gram_x=[gram_x], gram_y=[gram_y])
-    return as_result(cosine(*where_float64_is(grams), centred=True), grams)
+    return as_result(cosine(grams, centred=True), grams)
 
 
-def inner_product(x: Gram, y: Gram, *, centred: bool) -> Tensor:
-    """Return the inner product of the symmetric parts of two Gram matrices, in float64."""
-    if isinstance(x, SampleGram) and isinstance(y, SampleGram):
-        linear = x.kernel is linear_kernel and y.kernel is linear_kernel
-        if linear and x.x.shape[-1] * y.x.shape[-1] <= x.shape[-1] ** 2:
-            a, b = (
-                _centred(gram.x.double(), -2) if centred else gram.x.double() for gram in (x, y)
-            )
-            return (a.mT @ b).square().sum(dim=(-2, -1))
-    a, b = (as_matrix(gram).double() for gram in (x, y))
-    a = (a + a.mT) / 2
-    if centred:
-        a, b = (_centred(_centred(matrix, -1), -2) for matrix in (a, b))
-    return (a * b).sum(dim=(-2, -1))
-
-
-def cosine(x: Gram, y: Gram, *, centred: bool) -> Tensor:
+def cosine(grams: Sequence[Gram], *, centred: bool) -> Tensor:
     """Return the cosine of the symmetric parts of two Gram matrices, or 0 if one is zero."""
-    product = inner_product(x, y, centred=centred)
-    of_x, of_y = (inner_product(gram, gram, centred=centred) for gram in (x, y))
+    x, y, inner_product = _operands(grams, centred=centred)
+    of_x, of_y = inner_product(x, x), inner_product(y, y)
     zero = (of_x == 0) | (of_y == 0)
     # The root of each, since the product of both leaves the range sooner.
-    lengths = [torch.where(zero, 1.0, square).sqrt() for square in (of_x, of_y)]
-    return torch.where(zero, 0.0, product / lengths[0] / lengths[1])
+    length_x, length_y = (torch.where(zero, 1.0, square).sqrt() for square in (of_x, of_y))
+    return torch.where(zero, 0.0, inner_product(x, y) / length_x / length_y)
+
+
+def _operands(
+    grams: Sequence[Gram], *, centred: bool
+) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]:
+    """Return two tensors in float64, and what makes the inner product of their Gram matrices.
+
+    They are the samples of linear kernels of fewer dimensions than samples, else the matrices.
+    """
+    grams = where_float64_is(grams)
+    samples = [
+        gram.x.double() for gram in grams if isinstance(gram, SampleGram) and _is_narrow(gram)
+    ]
+    if len(samples) == len(grams):
+        x, y = (_centred(z, -2) if centred else z for z in samples)
+        return x, y, _inner_product_of_samples
+    matrices = [as_matrix(gram).double() for gram in grams]
+    symmetric = [(matrix + matrix.mT) / 2 for matrix in matrices]
+    x, y = (_centred(_centred(k, -1), -2) if centred else k for k in symmetric)
+    return x, y, _inner_product_of_matrices
+
+
+def _is_narrow(gram: SampleGram) -> bool:
+    return gram.kernel is linear_kernel and gram.x.shape[-1] <= gram.shape[-1]
+
+
+def _inner_product_of_samples(x: Tensor, y: Tensor) -> Tensor:
+    return (x.mT @ y).square().sum(dim=(-2, -1))
+
+
+def _inner_product_of_matrices(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(dim=(-2, -1))
 
 
 def _centred(x: Tensor, dim: int) -> Tensor:

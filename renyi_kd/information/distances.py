@@ -34,10 +34,11 @@ def median_distance(x: Tensor, order: float) -> Tensor:
     is no pair.
     """
     x = x.detach().to(exact_dtype(x.device))
-    return _median_over_pairs(distances(x, x, order))
+    return median_over_pairs(distances(x, x, order))
 
 
-def _median_over_pairs(between: Tensor) -> Tensor:
+def median_over_pairs(between: Tensor) -> Tensor:
+    """Do what `median_distance` does, given all distances between the samples."""
     n = between.shape[-1]
     if n == 1:
         return between.new_ones(())

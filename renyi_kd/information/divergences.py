@@ -12,7 +12,12 @@ from renyi_kd._checks import check_alpha, check_real
 from renyi_kd.information.alignment import cosine
 from renyi_kd.information.entropy import as_result, check_variables, where_float64_is
 from renyi_kd.information.kernels import trace_one
-from renyi_kd.information.routes.choice import Method, entry_error, trace_one_entropy
+from renyi_kd.information.routes.choice import (
+    Method,
+    entry_error,
+    of_one_shape,
+    trace_one_entropy,
+)
 from renyi_kd.information.samples import Gram, as_matrix
 
 
@@ -68,8 +73,7 @@ def jensen_renyi_divergence(
     if len(variables) < 2:
         raise ValueError("`grams` must hold at least two Gram matrices, got one.")
     shares = _shares(weights, len(variables))
-    matrices = [trace_one(as_matrix(gram)) for gram in where_float64_is(variables)]
-    matrices = torch.broadcast_tensors(*matrices)  # type: ignore[no-untyped-call]
+    matrices = of_one_shape([trace_one(as_matrix(x)) for x in where_float64_is(variables)])
     mixture = reduce(add, map(mul, shares, matrices))
     entropies = trace_one_entropy(
         torch.stack([mixture, *matrices]), alpha, method, epsilon=max(map(entry_error, variables))
@@ -108,7 +112,7 @@ def cauchy_schwarz_divergence(gram_x: Gram, gram_y: Gram) -> Tensor:
         tensor(2.)
     """
     grams, _ = check_variables(gram_x=[gram_x], gram_y=[gram_y])
-    return as_result(-2 * cosine(*where_float64_is(grams), centred=False).log2(), grams)
+    return as_result(-2 * cosine(grams, centred=False).log2(), grams)
 
 
 def _shares(weights: Sequence[float] | None, number: int) -> list[float]:

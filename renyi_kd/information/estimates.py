@@ -7,8 +7,8 @@ from torch import Tensor
 
 from renyi_kd._autograd import needs_plain_formulas
 from renyi_kd._checks import check_alpha
-from renyi_kd._precision import compute_dtype, has_float64
-from renyi_kd.information.entropy import check_variables
+from renyi_kd._precision import compute_dtype
+from renyi_kd.information.entropy import as_result, check_variables, where_float64_is
 from renyi_kd.information.kernels import joint_gram
 from renyi_kd.information.routes.lanczos import estimate_of_matrix, estimate_of_samples
 from renyi_kd.information.routes.quadrature import choose_vectors
@@ -97,17 +97,15 @@ def renyi_entropy_estimate(
             "An estimate has no derivative in forward mode, and none by the transforms of "
             "torch.func. Use an exact functional there, as renyi_entropy."
         )
-    device, dtype = grams[0].device, compute_dtype(*grams)
-    if not has_float64(device):
-        grams = tuple(gram.cpu() for gram in grams)
     vectors = choose_vectors(alpha, grams[0].shape[-1], rank, probes, generator)
-    samples = [gram for gram in grams if isinstance(gram, SampleGram)]
-    if len(samples) == len(grams):
+    variables = where_float64_is(grams)
+    samples = [gram for gram in variables if isinstance(gram, SampleGram)]
+    if len(samples) == len(variables):
         estimate = estimate_of_samples(samples, alpha, vectors, progress)
     else:
-        matrices = [as_matrix(gram) for gram in grams]
+        matrices = [as_matrix(gram) for gram in variables]
         matrix = matrices[0]
         if len(matrices) > 1:
             matrix = joint_gram(matrices).to(compute_dtype(*matrices))
         estimate = estimate_of_matrix(matrix, alpha, vectors)
-    return Estimate(*(value.to(dtype).to(device) for value in estimate))
+    return Estimate(*(as_result(value, grams) for value in estimate))

@@ -22,7 +22,7 @@ from renyi_kd._checks import (
     check_same_device,
 )
 from renyi_kd._precision import compute_dtype, exact_dtype
-from renyi_kd.information.distances import distances, median_distance
+from renyi_kd.information.distances import distances, median_distance, median_over_pairs
 from renyi_kd.information.rbf import rbf_gram, scaled_samples
 
 Bandwidth: TypeAlias = float | Tensor
@@ -157,10 +157,12 @@ def laplacian_kernel(
     """
     dtype = check_samples(x, y)
     bandwidth = check_bandwidth(x, bandwidth)
+    between = _exact_distances(x, x if y is None else y, order=1.0)
     if bandwidth is None:
-        bandwidth = median_distance(x, order=1.0)
-    between = _exact_distances(x, x if y is None else y, order=1.0) / bandwidth
-    return (-between).exp().to(dtype)
+        # The median is over the pairs of x. Without y their distances are already known.
+        known = y is None
+        bandwidth = median_over_pairs(between.detach()) if known else median_distance(x, order=1.0)
+    return (-between / bandwidth).exp().to(dtype)
 
 
 def label_kernel(labels: Tensor, other: Tensor | None = None) -> Tensor:
@@ -302,10 +304,40 @@ def signed_sum(signs: Iterable[int], values: Iterable[Tensor]) -> Tensor:
     return total
 
 
+def gradient_of_factor(
+    v: int, factors: Sequence[Tensor], subsets: Sequence[Subset], gradients: Sequence[Tensor]
+) -> Tensor:
+    """Return the gradient of factor `v`, from those of the Hadamard products over `subsets`."""
+    total: Tensor | None = None
+    for gradient, subset in zip(gradients, subsets, strict=True):
+        others = [u for u in subset if u != v]
+        if v not in subset:
+            continue
+        if not others:
+            total = gradient if total is None else total + gradient
+        elif total is None:
+            total = hadamard_product(factors, others) * gradient
+        else:
+            total = torch.addcmul(total, hadamard_product(factors, others), gradient)
+    assert total is not None
+    return total
+
+
 def joint_gram(grams: Sequence[Tensor]) -> Tensor:
     """Return the Hadamard product of Gram matrices, of trace one, in float64 (Eq. 2 and 16)."""
     joint = reduce(mul, map(trace_one, grams))
     return joint if len(grams) == 1 else trace_one(joint)
+
+
+def sum_over_joints_by_operators(
+    signs: Iterable[int],
+    subsets: Iterable[Subset],
+    entropy: Callable[[Tensor], Tensor],
+    *grams: Tensor,
+) -> Tensor:
+    """Return the sum of the entropies of joint Gram matrices, by PyTorch's own operators."""
+    joints = (joint_gram([grams[v] for v in subset]) for subset in subsets)
+    return signed_sum(signs, map(entropy, joints))
 
 
 def inner_products(x: Tensor, y: Tensor | None = None) -> Tensor:

@@ -45,11 +45,8 @@ def rbf_by_operators(x: Tensor, y: Tensor, *, by_product: bool) -> Tensor:
     if not by_product:
         return (distances(x, y, 2.0).square() / -2).exp()
     product = matrix_product(x, y.mT)
-    if x is y:
-        of_x = of_y = product.diagonal(dim1=-2, dim2=-1) / 2
-    else:
-        of_x, of_y = (z.square().sum(dim=-1) / 2 for z in (x, y))
-    exponents = product - of_x.unsqueeze(-1) - of_y.unsqueeze(-2)
+    of_x, of_y = _halved_squares(x, y, product)
+    exponents = product - of_x - of_y
     # Not clamped, since that would cut off derivatives, which are not zero at exponents of zero.
     return (exponents - exponents.detach().clamp(min=0)).exp()
 
@@ -58,15 +55,20 @@ def exponentials(x: Tensor, y: Tensor, *, by_product: bool) -> Tensor:
     """Return the RBF kernel between `scaled_samples`, shape `(..., n, m)`, without a gradient."""
     if not by_product:
         return distances(x, y, 2.0).square_().div_(-2).exp_()
+    product = symmetric_product(x, x.mT) if x is y else matrix_product(x, y.mT)
+    of_x, of_y = _halved_squares(x, y, product)
+    return product.sub_(of_x).sub_(of_y).clamp_(max=0).exp_()
+
+
+def _halved_squares(x: Tensor, y: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+    """Return half of the squared lengths, shapes `(..., n, 1)` and `(..., 1, m)`."""
     if x is y:
-        # With the squared lengths from the product itself, equal samples, whose products are
-        # rounded alike, have an exponent of zero.
-        kernel = symmetric_product(x, x.mT)
-        of_x = of_y = kernel.diagonal(dim1=-2, dim2=-1) / 2
+        # From the product itself, equal samples, whose products are rounded alike, have an exponent
+        # of zero.
+        of_x = of_y = product.diagonal(dim1=-2, dim2=-1) / 2
     else:
-        kernel = matrix_product(x, y.mT)
         of_x, of_y = (z.square().sum(dim=-1) / 2 for z in (x, y))
-    return kernel.sub_(of_x.unsqueeze(-1)).sub_(of_y.unsqueeze(-2)).clamp_(max=0).exp_()
+    return of_x.unsqueeze(-1), of_y.unsqueeze(-2)
 
 
 class PulledSamples:

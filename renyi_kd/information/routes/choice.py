@@ -11,7 +11,7 @@ from torch import Tensor
 
 from renyi_kd._autograd import needs_plain_formulas
 from renyi_kd._precision import compute_dtype, ieee_dtype
-from renyi_kd.information.kernels import Subset, joint_gram, signed_sum
+from renyi_kd.information.kernels import Subset, signed_sum, sum_over_joints_by_operators
 from renyi_kd.information.routes.dual import (
     dual_error,
     dual_matrix,
@@ -170,22 +170,14 @@ def _sum_without_dual(
     exact = method == "eigvalsh"
     matrices: Sequence[Tensor] = [as_matrix(gram, exact=exact) for gram in grams]
     if custom and method == "frobenius" and grams[0].shape[-1] >= _TILES:
-        return sum_of_entropies_of_matrices(_of_one_shape(matrices), signs, subsets)
+        return sum_of_entropies_of_matrices(of_one_shape(matrices), signs, subsets)
     errors = [entry_error(gram) for gram in grams]
     of_subsets = [max(errors[v] for v in subset) for subset in subsets]
-    if custom:
-        matrices, parts = _of_one_shape(matrices), []
-        dtype = _dtype_of_joints(matrices, alpha, method)
-        for epsilon in dict.fromkeys(of_subsets):
-            some = [term for term, own in zip(terms, of_subsets, strict=True) if own == epsilon]
-            of_some = _needed(matrices, some)
-            parts.append(_sum_over_joints(*of_some, alpha, method, epsilon, dtype))
-        return reduce(add, parts)
-    entropies = []
-    for subset, epsilon in zip(subsets, of_subsets, strict=True):
-        joint = joint_gram([matrices[v] for v in subset])
-        entropies.append(trace_one_entropy(joint, alpha, method, epsilon=epsilon))
-    return signed_sum(signs, entropies)
+    dtype, parts = _dtype_of_joints(matrices, alpha, method) if custom else None, []
+    for epsilon in dict.fromkeys(of_subsets):
+        some = [term for term, own in zip(terms, of_subsets, strict=True) if own == epsilon]
+        parts.append(_sum_over_joints(*_needed(matrices, some), alpha, method, epsilon, dtype))
+    return reduce(add, parts)
 
 
 def _sum_over_joints(
@@ -194,8 +186,10 @@ def _sum_over_joints(
     alpha: float,
     method: Method,
     epsilon: float,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> Tensor:
+    """Return the sum for one rounding error of the entries; without a `dtype`, by operators."""
+
     def value(joints: Tensor) -> Tensor:
         return trace_one_entropy(joints, alpha, method, epsilon=epsilon)
 
@@ -215,8 +209,10 @@ def _sum_over_joints(
         return bits.detach(), gradient
 
     signs, subsets = zip(*terms, strict=True)
+    if dtype is None:
+        return sum_over_joints_by_operators(signs, subsets, value, *matrices)
     entropy = Entropy(value, value_and_gradient)
-    return sum_over_joints(matrices, signs, subsets, entropy, dtype)
+    return sum_over_joints(of_one_shape(matrices), signs, subsets, entropy, dtype)
 
 
 def _dtype_of_joints(matrices: Sequence[Tensor], alpha: float, method: Method) -> torch.dtype:
@@ -229,7 +225,8 @@ def _dtype_of_joints(matrices: Sequence[Tensor], alpha: float, method: Method) -
     return ieee_dtype(compute_dtype(*matrices), matrices[0].device)
 
 
-def _of_one_shape(matrices: Sequence[Tensor]) -> Sequence[Tensor]:
+def of_one_shape(matrices: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return matrices whose leading dimensions are broadcast."""
     if all(matrix.shape == matrices[0].shape for matrix in matrices):
         return matrices
     same: Sequence[Tensor] = torch.broadcast_tensors(*matrices)  # type: ignore[no-untyped-call]

@@ -25,18 +25,18 @@ from renyi_kd._autograd import (
 from renyi_kd._precision import compute_dtype
 from renyi_kd.information.kernels import (
     Subset,
+    gradient_of_factor,
     hadamard_product,
-    joint_gram,
     signed_sum,
+    sum_over_joints_by_operators,
 )
 from renyi_kd.information.products import upper_tiles
 from renyi_kd.information.routes.tiles import (
     Evaluate,
     Progress,
     each_tile,
-    from_rows_and_columns,
     gradients_of_samples,
-    rows_and_columns,
+    kernels_of,
     tiled_kernels,
 )
 from renyi_kd.information.samples import SampleGram
@@ -79,7 +79,9 @@ def entropies_of_samples(
     """
     matrices, diagonals = tiled_kernels(grams)
     evaluate = [matrix.evaluate for matrix in matrices]
-    norms = _NormsOfSamples.apply(subsets, evaluate, progress, *rows_and_columns(matrices))
+    norms = _NormsOfSamples.apply(
+        subsets, evaluate, progress, *(matrix.samples for matrix in matrices)
+    )
     traces = [hadamard_product(diagonals, subset).sum(dim=-1) for subset in subsets]
     entropies: Tensor = -(norms / torch.stack(traces).square()).log2()
     return entropies
@@ -88,25 +90,6 @@ def entropies_of_samples(
 def _squared_norm(matrix: Tensor) -> Tensor:
     """Return the sum of the squares of the entries, in float64, shape `(...)`."""
     total: Tensor = matrix.square().sum(dim=-1).sum(dim=-1, dtype=torch.float64)
-    return total
-
-
-def _gradient_of_factor(
-    v: int, factors: Sequence[Tensor], subsets: Sequence[Subset], gradients: Sequence[Tensor]
-) -> Tensor:
-    """Return the gradient of factor `v`, from those of the Hadamard products over `subsets`."""
-    total: Tensor | None = None
-    for gradient, subset in zip(gradients, subsets, strict=True):
-        others = [u for u in subset if u != v]
-        if v not in subset:
-            continue
-        if not others:
-            total = gradient if total is None else total + gradient
-        elif total is None:
-            total = hadamard_product(factors, others) * gradient
-        else:
-            total = torch.addcmul(total, hadamard_product(factors, others), gradient)
-    assert total is not None
     return total
 
 
@@ -124,7 +107,7 @@ class _NormsOfSamples(torch.autograd.Function):
         ctx.subsets, ctx.evaluate, ctx.progress = subsets, evaluate, progress
         ctx.save_for_backward(*samples)
         norms = samples[0].new_zeros(len(subsets), *samples[0].shape[:-2])
-        for i, j, tiles in each_tile(from_rows_and_columns(samples, evaluate), progress):
+        for i, j, tiles in each_tile(kernels_of(samples, evaluate), progress):
             of_tile = [_squared_norm(hadamard_product(tiles, subset)) for subset in subsets]
             norms += (1 if i == j else 2) * torch.stack(of_tile)
         return norms
@@ -137,9 +120,9 @@ class _NormsOfSamples(torch.autograd.Function):
         ) -> list[Tensor]:
             slopes = list((2 if i == j else 4) * grad_norms[..., None, None])
             squares = [tile.square() for tile in tiles]
-            return [tiles[v] * _gradient_of_factor(v, squares, ctx.subsets, slopes) for v in wanted]
+            return [tiles[v] * gradient_of_factor(v, squares, ctx.subsets, slopes) for v in wanted]
 
-        matrices = from_rows_and_columns(ctx.saved_tensors, ctx.evaluate)
+        matrices = kernels_of(ctx.saved_tensors, ctx.evaluate)
         needed = ctx.needs_input_grad[3:]
         gradients = gradients_of_samples(matrices, gradients_of_entries, needed, ctx.progress)
         return None, None, None, *gradients
@@ -174,7 +157,7 @@ class _SumOfEntropies(torch.autograd.Function):
         grams, subsets, scaled = ctx.saved_tensors, ctx.subsets, ctx.scaled
         wanted = [v for v, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
         if torch.is_grad_enabled() or needs_plain_formulas(grad_bits):
-            plain = partial(_sum_by_operators, ctx.signs, subsets)
+            plain = partial(sum_over_joints_by_operators, ctx.signs, subsets, _entropy_by_operators)
             return None, None, *gradients_by_operators(plain, grams, grad_bits)
         slopes = [grad_bits * (2 * sign / math.log(2)) for sign in ctx.signs]
         # By halves of squared norms, whose derivative is the matrix itself; and by traces.
@@ -189,7 +172,7 @@ class _SumOfEntropies(torch.autograd.Function):
             squares = [tile.square() for tile in tiles] if len(tiles) > 1 else tiles
             for v in wanted:
                 scaled_slopes = [slope * scaled.scales[v] for slope in of_norms]
-                of_tile = tiles[v] * _gradient_of_factor(v, squares, subsets, scaled_slopes)
+                of_tile = tiles[v] * gradient_of_factor(v, squares, subsets, scaled_slopes)
                 if of_tile.shape == grams[v].shape:
                     gradients[v] = of_tile.to(grams[v].dtype)
                     continue
@@ -201,7 +184,7 @@ class _SumOfEntropies(torch.autograd.Function):
         diagonals = scaled.diagonals(grams)
         for v in wanted:
             scaled_slopes = [(slope * scaled.scales[v])[..., 0] for slope in of_traces]
-            of_diagonal = _gradient_of_factor(v, diagonals, subsets, scaled_slopes)
+            of_diagonal = gradient_of_factor(v, diagonals, subsets, scaled_slopes)
             gradients[v].diagonal(dim1=-2, dim2=-1).add_(of_diagonal)
         return None, None, *(gradients.get(v) for v in range(len(grams)))
 
@@ -214,7 +197,7 @@ class _ScaledGrams:
     the limit of adding a constant.
 
     Args:
-        grams: the matrices, which are not kept.
+        grams: the matrices.
         dtype: of the entries that are returned.
     """
 
@@ -264,6 +247,5 @@ def _tiles(
         yield i, j, scaled.of([gram[..., i, j] + gram[..., j, i].mT for gram in grams])
 
 
-def _sum_by_operators(signs: Sequence[int], subsets: Sequence[Subset], *grams: Tensor) -> Tensor:
-    joints = [joint_gram([grams[v] for v in subset]) for subset in subsets]
-    return signed_sum(signs, (-joint.square().sum(dim=(-2, -1)).log2() for joint in joints))
+def _entropy_by_operators(joint: Tensor) -> Tensor:
+    return -joint.square().sum(dim=(-2, -1)).log2()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from renyi_kd._autograd import gradients_by_operators, needs_plain_formulas
+from renyi_kd._precision import compute_dtype
 from renyi_kd.information.kernels import Subset, hadamard_product, rbf_kernel, signed_sum
 from renyi_kd.information.products import upper_tiles
 from renyi_kd.information.rbf import (
@@ -60,7 +61,7 @@ def sum_of_entropies_of_rbf(
         The sum in bits, float64, shape `(...)`. It has second derivatives, for which matrices are
         made.
     """
-    dtype = reduce(torch.promote_types, (gram.dtype for gram in grams), torch.float32)
+    dtype = compute_dtype(*grams)
     samples = [_scaled_samples(gram, dtype) for gram in grams]
     shapes = [z.shape[:-2] for z in samples]
     if any(shape != shapes[0] for shape in shapes):

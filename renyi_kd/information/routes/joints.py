@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
-from operator import add
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,13 @@ from torch import Tensor
 
 from renyi_kd._autograd import gradients_by_operators, needs_plain_formulas
 from renyi_kd._precision import compute_dtype
-from renyi_kd.information.kernels import Subset, hadamard_product, joint_gram, signed_sum
+from renyi_kd.information.kernels import (
+    Subset,
+    gradient_of_factor,
+    hadamard_product,
+    signed_sum,
+    sum_over_joints_by_operators,
+)
 from renyi_kd.information.products import symmetric_sum
 
 
@@ -77,9 +82,9 @@ class _SumOverJoints(torch.autograd.Function):
             for sign, slope in zip(signs, (slopes / of_joints).unbind(), strict=True)
         ]
         numbers = range(len(grams))
-        gradients = [_gradient_of_factor(v, matrices, subsets, of_products) for v in numbers]
+        gradients = [gradient_of_factor(v, matrices, subsets, of_products) for v in numbers]
         slopes = (_stack(gradients) * (2 * scales)).to(compute_dtype(*grams))
-        ctx.plain = partial(_sum_by_operators, signs, subsets, entropy.value)
+        ctx.plain = partial(sum_over_joints_by_operators, signs, subsets, entropy.value)
         ctx.save_for_backward(*grams, slopes)
         return signed_sum(signs, bits.unbind())
 
@@ -100,25 +105,3 @@ def _stack(matrices: Sequence[Tensor]) -> Tensor:
 
 def _trace(matrix: Tensor) -> Tensor:
     return matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-
-
-def _gradient_of_factor(
-    v: int, factors: Sequence[Tensor], subsets: Sequence[Subset], gradients: Sequence[Tensor]
-) -> Tensor:
-    """Return the gradient of factor `v`, from those of the Hadamard products over `subsets`."""
-    parts = []
-    for gradient, subset in zip(gradients, subsets, strict=True):
-        others = [u for u in subset if u != v]
-        if v in subset:
-            parts.append(hadamard_product(factors, others) * gradient if others else gradient)
-    return reduce(add, parts)
-
-
-def _sum_by_operators(
-    signs: Sequence[int],
-    subsets: Sequence[Subset],
-    entropy: Callable[[Tensor], Tensor],
-    *grams: Tensor,
-) -> Tensor:
-    joints = (joint_gram([grams[v] for v in subset]) for subset in subsets)
-    return signed_sum(signs, map(entropy, joints))

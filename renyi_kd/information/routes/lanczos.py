@@ -15,9 +15,8 @@ from renyi_kd.information.routes.tiles import (
     Evaluate,
     Progress,
     each_tile,
-    from_rows_and_columns,
     gradients_of_samples,
-    rows_and_columns,
+    kernels_of,
     tiled_kernels,
 )
 from renyi_kd.information.samples import SampleGram
@@ -41,7 +40,7 @@ def estimate_of_samples(
     trace = hadamard_product(diagonals, range(len(grams))).sum(dim=-1)
     evaluate = [matrix.evaluate for matrix in matrices]
     bits, error = _EstimateOfSamples.apply(
-        alpha, vectors, evaluate, progress, trace, *rows_and_columns(matrices)
+        alpha, vectors, evaluate, progress, trace, *(matrix.samples for matrix in matrices)
     )
     return bits, error
 
@@ -99,7 +98,7 @@ class _EstimateOfSamples(torch.autograd.Function):
         trace: Tensor,
         *samples: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        matrices, all_of_them = from_rows_and_columns(samples, evaluate), range(len(evaluate))
+        matrices, all_of_them = kernels_of(samples, evaluate), range(len(evaluate))
         scale = inverse_trace(trace)
         squared_norm = torch.zeros_like(trace)
 
@@ -150,7 +149,7 @@ class _EstimateOfSamples(torch.autograd.Function):
                 for v in wanted
             ]
 
-        matrices = from_rows_and_columns(samples, ctx.evaluate)
+        matrices = kernels_of(samples, ctx.evaluate)
         needed = ctx.needs_input_grad[5:]
         gradients = gradients_of_samples(matrices, gradients_of_entries, needed, ctx.progress)
         return None, None, None, None, grad_trace, *gradients

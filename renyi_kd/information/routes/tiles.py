@@ -7,7 +7,6 @@ tiles on and above the diagonal stand for those below it too.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from renyi_kd.information.distances import distances
 from renyi_kd.information.kernels import inverse_trace, laplacian_kernel, rbf_kernel
 from renyi_kd.information.products import Tile, upper_tiles
-from renyi_kd.information.rbf import rbf_by_operators, scaled_samples
+from renyi_kd.information.rbf import exponentials, rbf_by_operators, scaled_samples
 from renyi_kd.information.samples import SampleGram
 
 Evaluate: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -37,19 +36,14 @@ def check_progress(progress: object) -> None:
 
 @dataclass(frozen=True)
 class TiledKernel:
-    """A kernel of samples, whose tile `(i, j)` is `evaluate(rows[i], columns[j])`.
+    """A kernel of samples, shape `(..., n, d)`, whose rows i and columns j are `kernel[i, j]`."""
 
-    `rows` and `columns` have shapes `(..., n, d)`. Both hold the samples, in the form that makes
-    `evaluate` cheap.
-    """
-
-    rows: Tensor
-    columns: Tensor
+    samples: Tensor
     evaluate: Evaluate
 
     def __getitem__(self, tile: Tile) -> Tensor:
         i, j = tile
-        return self.evaluate(self.rows[..., i, :], self.columns[..., j, :])
+        return self.evaluate(self.samples[..., i, :], self.samples[..., j, :])
 
 
 def tiled_kernels(grams: Sequence[SampleGram]) -> tuple[list[TiledKernel], list[Tensor]]:
@@ -75,9 +69,8 @@ def tiled_kernels(grams: Sequence[SampleGram]) -> tuple[list[TiledKernel], list[
 
 def tiles_of(matrices: Sequence[TiledKernel], progress: Progress | None) -> Iterable[Tile]:
     """Return the upper tiles of matrices of one shape, through `progress` if there is one."""
-    rows = matrices[0].rows
-    width = _WIDTH if rows.device.type == "cpu" else _WIDTH_ON_GPU
-    tiles = upper_tiles(rows.shape[-2], width)
+    samples = matrices[0].samples
+    tiles = upper_tiles(samples.shape[-2], _WIDTH if samples.is_cpu else _WIDTH_ON_GPU)
     return tiles if progress is None else progress(tiles)
 
 
@@ -89,22 +82,13 @@ def each_tile(
         yield i, j, [matrix[i, j] for matrix in matrices]
 
 
-# PyTorch follows gradients to an autograd function's arguments only if they are tensors. So the
-# functions that go through matrices take their rows and columns one after the other, and put the
-# matrices together again inside.
+def kernels_of(samples: Sequence[Tensor], evaluate: Sequence[Evaluate]) -> list[TiledKernel]:
+    """Put kernels together from their parts.
 
-
-def rows_and_columns(matrices: Sequence[TiledKernel]) -> list[Tensor]:
-    """Return the rows and the columns of each matrix in turn."""
-    return [samples for matrix in matrices for samples in (matrix.rows, matrix.columns)]
-
-
-def from_rows_and_columns(
-    samples: Sequence[Tensor], evaluate: Sequence[Evaluate]
-) -> list[TiledKernel]:
-    """Do the inverse of `rows_and_columns`."""
-    parts = zip(samples[::2], samples[1::2], evaluate, strict=True)
-    return [TiledKernel(*part) for part in parts]
+    PyTorch follows gradients to an autograd function's arguments only if they are tensors. So the
+    functions that go through kernels take their samples, and call this inside.
+    """
+    return [TiledKernel(*parts) for parts in zip(samples, evaluate, strict=True)]
 
 
 def gradients_of_samples(
@@ -113,41 +97,42 @@ def gradients_of_samples(
     needed: Sequence[bool],
     progress: Progress | None,
 ) -> list[Tensor | None]:
-    """Return the gradients of the matrices' `rows_and_columns`, from those of their entries.
+    """Return the gradients of the matrices' samples, from those of their entries.
 
     Args:
         matrices: to be evaluated tile by tile once more.
         gradients_of_entries: is called for each tile with the entries of all matrices, the tile's
             rows and columns, and the numbers of the matrices whose gradients it has to return.
-        needed: which of the `rows_and_columns` need a gradient. The others get None.
+        needed: the samples of which matrices need a gradient. The others get None.
         progress: see `renyi_entropy`.
     """
-    samples = rows_and_columns(matrices)
-    totals = [
-        torch.zeros_like(x) if need else None for x, need in zip(samples, needed, strict=True)
-    ]
-    wanted = [v for v in range(len(matrices)) if needed[2 * v] or needed[2 * v + 1]]
+    wanted = [v for v, need in enumerate(needed) if need]
+    totals = {v: torch.zeros_like(matrices[v].samples) for v in wanted}
     for i, j in tiles_of(matrices, progress):
-        places = [i, j] * len(matrices)
         leaves = [
-            x[..., place, :].detach().clone().requires_grad_(need)
-            for x, place, need in zip(samples, places, needed, strict=True)
+            tuple(
+                matrix.samples[..., place, :].detach().clone().requires_grad_(need)
+                for place in (i, j)
+            )
+            for matrix, need in zip(matrices, needed, strict=True)
         ]
         with torch.enable_grad():
-            of_tile = from_rows_and_columns(leaves, [matrix.evaluate for matrix in matrices])
-            entries = [matrix[:, :] for matrix in of_tile]
+            pairs = zip(matrices, leaves, strict=True)
+            entries = [matrix.evaluate(*leaf) for matrix, leaf in pairs]
         # A kernel may have no gradient, as one of equal labels.
         learn = [v for v in wanted if entries[v].requires_grad]
-        gradients = torch.autograd.grad(
-            [entries[v] for v in learn],
-            [leaf for leaf in leaves if leaf.requires_grad],
-            gradients_of_entries([entry.detach() for entry in entries], i, j, learn),
-            materialize_grads=True,
+        gradients = iter(
+            torch.autograd.grad(
+                [entries[v] for v in learn],
+                [leaf for v in wanted for leaf in leaves[v]],
+                gradients_of_entries([entry.detach() for entry in entries], i, j, learn),
+                materialize_grads=True,
+            )
         )
-        asked = [(total, at) for total, at in zip(totals, places, strict=True) if total is not None]
-        for (total, place), gradient in zip(asked, gradients, strict=True):
-            total[..., place, :] += gradient
-    return totals
+        for v in wanted:
+            for place in (i, j):
+                totals[v][..., place, :] += next(gradients)
+    return [totals.get(v) for v in range(len(matrices))]
 
 
 def _tiled_kernel(gram: SampleGram) -> tuple[TiledKernel, Tensor]:
@@ -167,7 +152,7 @@ def _tiled_kernel(gram: SampleGram) -> tuple[TiledKernel, Tensor]:
     def evaluate(rows: Tensor, columns: Tensor) -> Tensor:
         return gram.kernel(rows, columns, **gram.kernel_options) * scale + shift
 
-    return TiledKernel(x, x, evaluate), diagonal * scale[..., 0] + shift[..., 0]
+    return TiledKernel(x, evaluate), diagonal * scale[..., 0] + shift[..., 0]
 
 
 def _laplacian(x: Tensor) -> tuple[TiledKernel, Tensor]:
@@ -176,10 +161,14 @@ def _laplacian(x: Tensor) -> tuple[TiledKernel, Tensor]:
     def evaluate(rows: Tensor, columns: Tensor) -> Tensor:
         return (-distances(rows, columns, 1.0)).exp()
 
-    return TiledKernel(x, x, evaluate), torch.ones_like(x[..., 0])
+    return TiledKernel(x, evaluate), torch.ones_like(x[..., 0])
 
 
 def _rbf(x: Tensor, by_product: bool) -> tuple[TiledKernel, Tensor]:
     """The RBF kernel of `scaled_samples`."""
-    evaluate = partial(rbf_by_operators, by_product=by_product)
-    return TiledKernel(x, x, evaluate), torch.ones_like(x[..., 0])
+
+    def evaluate(rows: Tensor, columns: Tensor) -> Tensor:
+        kernel = rbf_by_operators if torch.is_grad_enabled() else exponentials
+        return kernel(rows, columns, by_product=by_product)
+
+    return TiledKernel(x, evaluate), torch.ones_like(x[..., 0])
