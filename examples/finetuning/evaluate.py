@@ -4,6 +4,10 @@
 a table with a row for each run, and below it the mean and the standard deviation over runs that
 differ in nothing but their seed. With `--output`, it writes the same to `scores.json` in a new
 folder, and to `images.csv` a line for each run and row of the test table.
+
+`--on data/source --prompts points --points 1` evaluates the runs on other data than their own, such
+as some of what the pre-trained model could do before. `--average 0.5` adds each run with weights
+that are half its own and half those from before training (WiSE-FT, Wortsman et al., CVPR 2022).
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from parts.errors import plain_errors
-from parts.options import SPLITS, add_moved
+from parts.options import MOST_POINTS, SPLITS, add_moved, number, place, whole
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,6 +29,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--test-table", help="another table than that of the run")
     parser.add_argument("--pretrained", action="store_true", help="also the models before training")
+    parser.add_argument(
+        "--average",
+        type=number(0),
+        nargs="+",
+        default=[],
+        metavar="SHARE",
+        help="also the runs with weights that are by this share their own",
+    )
+    parser.add_argument("--on", type=place, metavar="FOLDER", help="other data, with three tables")
+    parser.add_argument("--prompts", choices=("boxes", "points"), help="other prompts than the run")
+    parser.add_argument("--points", type=whole(1, MOST_POINTS), help="points of such a prompt")
     parser.add_argument("--paper", action="store_true", help="the metrics of the released program")
     parser.add_argument("--output", type=Path, help="a new folder for the scores")
     add_moved(parser, data=True)

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.method in NOT_MERGED:
         call = f'load_adapters(model, Path("{arguments.path}"), method="{options.method}")'
         print(f"It has layers of its own: load it with {call} of parts/runs/trained.py.")
-    elif options.model != "tiny":
+    elif options.model not in ("small", "tiny"):
         print(f"Next: {LOADING[options.package].format(options.model, arguments.path)}")
     print("Its single mask was trained: call the predictor with multimask_output=False.")
 

@@ -38,9 +38,16 @@ DISTILLERS = {
 }
 WITH_LAYERS = ("ibd", "vid", "semckd", "reviewkd")
 WITH_RELATION = ("infosam", "tinysam-relation", "mobilesam-relation")
-RELATIONS = ("attention-1", "attention-3", "attention-5", "linear", "dot-product")
+RELATIONS = (
+    "attention-1",
+    "attention-1-normalized",
+    "attention-3",
+    "attention-5",
+    "linear",
+    "dot-product",
+)
 CACHE_DTYPES = ("float16", "bfloat16")
-SAM_MODELS = ("vit_b", "vit_l", "vit_h", "tiny")
+SAM_MODELS = ("vit_b", "vit_l", "vit_h", "small", "tiny")
 SAM2_SIZES = ("t", "s", "b+", "l")
 SAM2_MODELS = (*(f"{v}_hiera_{size}" for v in ("sam2.1", "sam2") for size in SAM2_SIZES), "tiny")
 MOST_POINTS = 1000  # of a prompt
@@ -133,6 +140,18 @@ def parse_training(
         help="the joint entropy of the relations alone, as in the paper's Table 12",
     )
     parser.set_defaults(package=package)
+    group = parser.add_argument_group("controls, to compare a distiller with")
+    group.add_argument(
+        "--start-weight",
+        type=number(0),
+        default=0.0,
+        help="weight of the squared distance of what trains from where it started (L2-SP)",
+    )
+    group.add_argument(
+        "--shuffled-teacher",
+        action="store_true",
+        help="give the teacher the embedding of the image before in the batch",
+    )
 
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=whole(1, 10**6), default=10, help="may grow with --resume")
@@ -152,6 +171,9 @@ def parse_training(
         "--lr", type=number(0, exclusive=True), default=2e-4, help="falls to a tenth by a cosine"
     )
     group.add_argument("--precision", choices=("no", "fp16", "bf16"), default="no")
+    group.add_argument(
+        "--validate-every", type=whole(1), default=1, help="epochs from a checkpoint to the next"
+    )
     losses = group.add_mutually_exclusive_group()
     losses.add_argument("--legacy-loss", action="store_true", help="that of the released code")
     losses.add_argument("--point-loss", action="store_true", help="that of HQ-SAM, at points")
@@ -198,6 +220,7 @@ def check_distillation(parser: argparse.ArgumentParser, options: argparse.Namesp
         "compression_weight": ("infosam",),
         "distillation_weight": ("infosam",),
         "without_regularization": ("infosam",),
+        "shuffled_teacher": tuple(other for other in DISTILLERS if other != "none"),
     }
     for option, names in users.items():
         if name not in names and getattr(options, option) != parser.get_default(option):

@@ -54,6 +54,7 @@ class StackedRelation(nn.Module):
 
 RELATIONS = {
     "attention-1": RelationModule,
+    "attention-1-normalized": partial(RelationModule, residual="normalized"),
     "attention-3": partial(StackedRelation, layers=3),
     "attention-5": partial(StackedRelation, layers=5),
     "linear": LinearRelation,

@@ -23,9 +23,9 @@ from parts.data.tables import Row, Splits
 from parts.evaluation.metrics import image_scores
 from parts.evaluation.scores import predictions
 from parts.files import appearing, refuse_existing
-from parts.options import next_command
+from parts.options import TEST_TABLE, next_command
 from parts.runs.folder import check_digests, digest_of_data, places, read_options
-from parts.runs.trained import load_run
+from parts.runs.trained import average, load_run
 
 Scores = dict[str, float]
 
@@ -36,6 +36,7 @@ class Asked(NamedTuple):
     name: str
     run: Path
     epoch: int | None  # None for the best, 0 for the model before training
+    share: float  # of its own weights; the rest is from before training
     options: argparse.Namespace
     splits: Splits
 
@@ -85,7 +86,7 @@ def models(arguments: argparse.Namespace) -> list[Asked]:
     read: dict[str, tuple[Splits, Report]] = {}
     for run in arguments.runs:
         options = read_options(run, arguments)
-        options.test_table = arguments.test_table or options.test_table
+        replace_options(options, arguments)
         if run.resolve() in runs:
             print(f"{run} is the run {runs[run.resolve()].run}, and is evaluated once.")
             continue
@@ -95,18 +96,36 @@ def models(arguments: argparse.Namespace) -> list[Asked]:
             read[key] = read_data(options)
         splits, report = read[key]
         found = digest_of_data(report)
+        others = found if arguments.on is not None else {}
         if arguments.test_table is not None:
-            options.digests = options.digests and options.digests | {"test": found["test"]}
+            others = others | {"test": found["test"]}
+        options.digests = options.digests and options.digests | others
         check_digests(run, options.digests, found)
-        runs[run.resolve()] = Asked(str(run), run, None, options, splits)
+        runs[run.resolve()] = Asked(str(run), run, None, 1.0, options, splits)
     before: dict[str, Asked] = {}
+    averaged = [
+        model._replace(name=f"{model.name} {share:g} averaged", share=share)
+        for model in runs.values()
+        for share in arguments.average
+    ]
     names = {model.name for model in runs.values()}
     for model in runs.values() if arguments.pretrained else ():
         name = f"{model.name} before"
         while name in names:  # a run of this name
             name += " training"
         before.setdefault(pretrained(model.options), model._replace(name=name, epoch=0))
-    return [*runs.values(), *before.values()]
+    return [*runs.values(), *averaged, *before.values()]
+
+
+def replace_options(options: argparse.Namespace, arguments: argparse.Namespace) -> None:
+    """Put what the command line says of data and prompts in place of what a run says."""
+    if arguments.on is not None:
+        options.data, options.images, options.masks = arguments.on, None, None
+        options.foreground, options.ignore, options.image_range = [], [], None
+        options.test_table = TEST_TABLE
+    options.test_table = arguments.test_table or options.test_table
+    options.eval_prompts = arguments.prompts or options.eval_prompts
+    options.eval_points = arguments.points or options.eval_points
 
 
 def what_counts(options: argparse.Namespace) -> dict[str, object]:
@@ -132,7 +151,8 @@ def groups_of_seeds(asked: list[Asked]) -> list[list[str]]:
     """Return the names of runs that differ in nothing but their seeds, and in these."""
     groups: dict[str, list[Asked]] = defaultdict(list)
     for model in asked:
-        common = what_counts(model.options) | {"seed": None, "epoch": model.epoch}
+        common = what_counts(model.options)
+        common |= {"seed": None, "epoch": model.epoch, "share": model.share}
         groups[json.dumps(common, default=str, sort_keys=True)].append(model)
     found = []
     for group in groups.values():
@@ -153,6 +173,8 @@ def evaluate(asked: Asked, arguments: argparse.Namespace) -> Found:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options = asked.options
     model, _ = load_run(asked.run, asked.epoch, arguments)
+    if asked.share != 1:
+        average(model, load_run(asked.run, 0, arguments)[0], asked.share)
     rows = asked.splits[arguments.split]
     images = MaskedImages(rows, model.frame, reading_of(options))
     loader = DataLoader(images, options.batch_size, collate_fn=collate)
@@ -162,10 +184,10 @@ def evaluate(asked: Asked, arguments: argparse.Namespace) -> Found:
         (rows[index], image_scores(logits, truth, paper=arguments.paper))
         for index, logits, truth in tqdm(found, asked.name[-30:], len(rows), ncols=80)
     ]
-    return Found(scored, average([scores for _, scores in scored]))
+    return Found(scored, mean_scores([scores for _, scores in scored]))
 
 
-def average(scores: list[Scores]) -> Scores:
+def mean_scores(scores: list[Scores]) -> Scores:
     """Return the mean of each score."""
     return {name: mean(score[name] for score in scores) for name in scores[0]}
 
@@ -173,7 +195,7 @@ def average(scores: list[Scores]) -> Scores:
 def spread(scores: list[Scores]) -> dict[str, Scores]:
     """Return mean and standard deviation of each score over runs of several seeds."""
     deviations = {name: stdev(score[name] for score in scores) for name in scores[0]}
-    return {"mean": average(scores), "standard deviation": deviations}
+    return {"mean": mean_scores(scores), "standard deviation": deviations}
 
 
 def print_table(scores: dict[str, Scores], seeds: dict[str, list[str]]) -> None:

@@ -15,7 +15,7 @@ from parts.models.tiny_sam import build_tiny_sam, decode
 
 
 class SegmentAnything(Segmenter):
-    """`Sam` in its sizes ViT-B, ViT-L and ViT-H, or the small one that the quickstart trains."""
+    """`Sam` in its sizes ViT-B, ViT-L and ViT-H, or one of two small ones."""
 
     model: Sam
 
@@ -39,6 +39,11 @@ class SegmentAnything(Segmenter):
         """The blocks of global attention."""
         return [i for i, block in enumerate(self.blocks) if block.window_size == 0]
 
+    @property
+    def stride(self) -> int:
+        """Pixels of the input, along one axis, for each place of the image embedding."""
+        return self.frame.size // self.model.prompt_encoder.image_embedding_size[0]
+
     def encode(self, images: Tensor) -> list[Tensor]:
         """Return the image embedding (B, D, h, w) of images (B, 3, size, size)."""
         return [self.encoder(images)]
@@ -51,7 +56,12 @@ class SegmentAnything(Segmenter):
 
 def build(name: str, checkpoint: Path | None) -> SegmentAnything:
     """Return the model with the weights of the checkpoint, or with random ones if there is none."""
-    model = build_tiny_sam() if name == "tiny" else sam_model_registry[name]()
+    if name == "small":
+        from parts.models.small_sam import build_small_sam  # needs timm, which the others do not
+
+        model = build_small_sam()
+    else:
+        model = build_tiny_sam() if name == "tiny" else sam_model_registry[name]()
     if checkpoint is not None:
         load_weights(model, checkpoint, name)
     frame = Frame(model.image_encoder.img_size, keep_aspect=True)

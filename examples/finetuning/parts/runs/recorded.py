@@ -31,6 +31,9 @@ LATER: dict[str, Any] = {
     "point_loss": False,
     "teacher": None,
     "teacher_checkpoint": None,
+    "start_weight": 0.0,
+    "shuffled_teacher": False,
+    "validate_every": 1,
 }
 Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and as a test
 
@@ -116,7 +119,10 @@ RULES: dict[str, Rule] = {
     "without_regularization": TRUTH,
     "hq_checkpoint": PLACE,
     "point_loss": TRUTH,
+    "start_weight": NUMBER,
+    "shuffled_teacher": TRUTH,
     "epochs": whole(1),
+    "validate_every": whole(1),
     "batch_size": whole(1),
     "seed": whole(0, 2**32 - 1),
     "digests": (

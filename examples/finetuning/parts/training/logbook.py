@@ -107,7 +107,7 @@ class Logbook:
         for i, index in enumerate(images):
             wrong = [
                 name
-                for name in ("structure", "points", "load", self.options.distiller, "loss")
+                for name in ("structure", "points", "load", "start", self.options.distiller, "loss")
                 if name in figures and not math.isfinite(figures[name][i])
             ]
             self.skipped = self.skipped + 1 if wrong else 0

@@ -105,6 +105,8 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
     # `trained` may be a wrapper around the student; what is evaluated and saved is the student.
     trained, optimizer, train, val, test = accelerator.prepare(student, optimizer, train, val, test)
+    learned = [p for p in student.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in learned] if options.start_weight else []
     compare = distiller
     if options.processes > 1 and learns(distiller) and not isinstance(distiller, InfoSAM):
         # The distiller of the library averages its gradients over the processes by itself. Others
@@ -150,11 +152,17 @@ def fit(
                     with accelerator.autocast():
                         logits = trained(batch.images, prompts)
                         figures = losses_of_masks(options, logits, batch, student)
+                        if options.start_weight:
+                            apart = zip(learned, start, strict=True)
+                            squares = sum((now - then).square().sum() for now, then in apart)
+                            figures |= {"start": options.start_weight * squares}
                         loss = sum(figures.values())
                         student_pass = from_student.pop(logits)
                         if distiller is not None:
                             with torch.no_grad():
                                 levels = encode(batch)
+                                if options.shuffled_teacher:
+                                    levels = [level.roll(1, dims=0) for level in levels]
                                 teacher_logits = teacher.decode(levels, prompts)
                             teacher_pass = from_teacher.pop(teacher_logits, levels[-1])
                     if distiller is not None:
@@ -176,6 +184,8 @@ def fit(
                 logits = figures = loss = distance = student_pass = teacher_pass = None
         seconds = (time.perf_counter() - began) / len(train)
 
+        if epoch % options.validate_every and epoch < options.epochs:
+            continue
         finite = checkpoint.trained_weights(epoch, modules)
         scores = evaluate(student, val, options.eval_prompts, options.eval_points)
         log.validation(epoch, scores, seconds)
