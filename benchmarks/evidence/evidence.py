@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from grid import Evaluation, Grid, Run, shown
 from parts.data.reading import read_mask
-from parts.data.tables import Row, read_tables
+from parts.data.tables import Row, Splits, read_tables
 from parts.errors import InputError, plain_errors
 from parts.files import appearing
 from parts.options import DISTILLERS, SPLITS, WITH_LAYERS, whole
@@ -107,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             path.absolute() for path in (options.data, options.teacher, options.output)
         )
         grid = Grid(options.output, options.threads, discard=True)
-        runs = [*planned(options, grid)]
+        study = Study(options.data, options.teacher, options.output)
+        runs = [*planned(options, study, grid)]
         if options.show is not None:
             named = [run for run in runs if run.name == options.show]
             if not named:
@@ -119,16 +120,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.dry_run:
             print("\n".join(run.name for run in grid.missing(runs)))
         else:
+            study.write()
             grid.run_missing(runs, options.jobs)
 
 
-def planned(options: argparse.Namespace, grid: Grid) -> Iterator[Run]:
+def planned(options: argparse.Namespace, study: Study, grid: Grid) -> Iterator[Run]:
     """Yield all runs of a part.
 
     Raises:
-        InputError: If the data lacks a domain, or if learning rates were not chosen yet.
+        InputError: If learning rates were not chosen yet, or if an arm is unknown.
     """
-    study = Study(options.data, options.teacher, options.output)
     if options.part == "rates":
         for arm in PRIMARY:
             for rate in RATES:
@@ -205,6 +206,8 @@ class Study:
         if SOURCE not in folders or not self.domains:
             raise InputError(f"--data must have {SOURCE} and other folders with tables, got {data}")
         self.prompts: dict[str, tuple[str, ...]] = {}
+        self.tables: dict[Path, Splits] = {}
+        self.random_teacher = output / "random_teacher.safetensors"
 
     def among(self, names: Sequence[str]) -> list[str]:
         """Return those of the named domains that are there, or all domains if none of them is."""
@@ -215,10 +218,8 @@ class Study:
         folder, count = self.subset(domain, seed, images)
         per_epoch = count // arm.batch
         epochs = max(math.ceil(STEPS / per_epoch), 1 if images else 10)
-        random = self.output / "random_teacher.safetensors"
-        arguments = [str(random) if value == "RANDOM" else value for value in arm.options]
-        if str(random) in arguments and not random.exists():
-            write_random_teacher(self.teacher, random)
+        random = str(self.random_teacher)
+        arguments = [random if value == "RANDOM" else value for value in arm.options]
         arguments += ["--model", "small", "--checkpoint", str(self.teacher)]
         arguments += ["--data", str(folder), "--seed", str(seed), "--lr", f"{rate:g}"]
         arguments += ["--epochs", str(epochs), "--batch-size", str(arm.batch)]
@@ -266,7 +267,8 @@ class Study:
         if images is not None:
             splits["train"] = drawn(splits["train"], seed, images)
         folder = self.output / "data" / f"{domain}-{images or 'all'}-{seed if images else 0}"
-        return write_tables(folder, splits), len(splits["train"])
+        self.tables[folder] = splits
+        return folder, len(splits["train"])
 
     def kept(self) -> Path:
         """Return a folder with the tables of what students are asked to keep of the source."""
@@ -274,7 +276,17 @@ class Study:
         pictures = {row.image: row for row in reversed(splits["test"])}
         first = [pictures[image] for image in dict.fromkeys(row.image for row in splits["test"])]
         few = {split: rows[:1] for split, rows in splits.items()}  # they are not used
-        return write_tables(self.output / "data" / SOURCE, few | {"test": first[::2][:KEPT]})
+        folder = self.output / "data" / SOURCE
+        self.tables[folder] = few | {"test": first[::2][:KEPT]}
+        return folder
+
+    def write(self) -> None:
+        """Write what the planned runs read, unless it is there."""
+        for folder, splits in self.tables.items():
+            if not folder.exists():
+                write_tables(folder, splits)
+        if not self.random_teacher.exists():
+            write_random_teacher(self.random_teacher)
 
 
 def drawn(rows: list[Row], seed: int, count: int) -> list[Row]:
@@ -294,20 +306,18 @@ def share_of_box(mask: Path) -> float:
     return float(height * width / inside.size)
 
 
-def write_tables(folder: Path, splits: dict[str, list[Row]]) -> Path:
-    """Write three tables of rows that lie elsewhere, unless they are there; return the folder."""
-    if not folder.exists():
-        with appearing(folder) as place:
-            place.mkdir()
-            for split in SPLITS:
-                with (place / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
-                    table = csv.writer(file)
-                    table.writerow(["image", "label"])
-                    table.writerows(row[:2] for row in splits[split])
-    return folder
+def write_tables(folder: Path, splits: Splits) -> None:
+    """Write three tables of rows that lie elsewhere."""
+    with appearing(folder) as place:
+        place.mkdir()
+        for split in SPLITS:
+            with (place / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
+                table = csv.writer(file)
+                table.writerow(["image", "label"])
+                table.writerows(row[:2] for row in splits[split])
 
 
-def write_random_teacher(teacher: Path, path: Path) -> None:
+def write_random_teacher(path: Path) -> None:
     """Write a model that was not pre-trained but for its backbone."""
     from pretrain import untrained
 

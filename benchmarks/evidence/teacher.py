@@ -1,8 +1,8 @@
 """How good the teacher of the evidence is: on its source by size of mask, and on each domain.
 
 `python benchmarks/evidence/teacher.py --data data --teacher teacher/teacher.safetensors` prints
-both tables, of the test splits and before any fine-tuning. The size of a mask is the shorter side of
-the box around it, in pixels of the picture.
+both tables, of the test splits and before any fine-tuning. The size of a mask is the shorter side
+of the box around it, in pixels of the picture.
 """
 
 from __future__ import annotations

@@ -1,17 +1,13 @@
 """What the tests of the examples share: data sets and trained students, each made once."""
 
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from finetuning_runs import FINETUNING, QUICKSTART, make_data, run, training_options
+from finetuning_runs import make_data, run, training_options
 from torch import Tensor
-
-# A script that is run by its path has its own folder on sys.path. The tests import the scripts.
-sys.path[:0] = [str(FINETUNING), str(QUICKSTART)]
 
 
 @pytest.fixture(scope="session")

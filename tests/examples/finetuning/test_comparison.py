@@ -11,7 +11,8 @@ from statistics import mean, stdev
 
 import numpy as np
 import pytest
-from finetuning_runs import run, training_options
+import torch
+from finetuning_runs import make_data, run, training_options
 from PIL import Image
 
 import evaluate
@@ -20,6 +21,7 @@ from parts import files
 from parts.data.check import check
 from parts.data.tables import read_tables
 from parts.evaluation import comparison, drawing
+from parts.runs.trained import average, load_run, merge_lora
 
 
 def test_evaluate_runs(trained, data: Path, tmp_path: Path, capsys) -> None:
@@ -60,6 +62,42 @@ def test_evaluate_runs(trained, data: Path, tmp_path: Path, capsys) -> None:
 def table_of(folder: Path) -> list[dict[str, str]]:
     with (folder / "images.csv").open(encoding="utf-8") as file:
         return [*csv.DictReader(file)]
+
+
+def test_other_data_and_averaged_weights(trained, tmp_path: Path, capsys) -> None:
+    run = str(trained("sam", "lora"))
+    other = make_data(tmp_path / "other", train=2, val=1, test=3)
+    asked = [run, "--on", str(other), "--prompts", "points", "--points", "1", "--pretrained"]
+    evaluate.main([*asked, "--average", "0", "0.5", "--output", str(tmp_path / "scores")])
+    found = json.loads((tmp_path / "scores" / "scores.json").read_text())["runs"]
+    assert [*found] == [run, f"{run} 0 averaged", f"{run} 0.5 averaged", f"{run} before"]
+    assert found[f"{run} 0 averaged"] == pytest.approx(found[f"{run} before"], abs=1e-6)
+    own = {values["s_measure"] for values in found.values()}
+    assert len(own) >= 3
+    images = {row["image"] for row in table_of(tmp_path / "scores")}
+    assert len(images) == 3
+    assert all(image.startswith(str(other)) for image in images)
+
+
+def test_averaged_weights_are_those_between(trained) -> None:
+    run = trained("sam", "lora")
+    student, start = load_run(run)[0], load_run(run, 0)[0]
+    merged = load_run(run)[0]
+    merge_lora(merged.model)
+    before, after = start.state_dict(), merged.state_dict()
+    average(student, start, 0.75)
+    moved = 0
+    for name, value in student.state_dict().items():
+        expected = 0.25 * before[name].double() + 0.75 * after[name].double()
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-7)
+        moved += not torch.equal(before[name], after[name])
+    assert moved > 20
+    assert any("qkv" in name and not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_layers_of_their_own_are_not_averaged(trained, capsys) -> None:
+    with pytest.raises(SystemExit, match="--average needs a method that adds no layers"):
+        evaluate.main([str(trained("sam2", "adapter")), "--average", "0.5"])
 
 
 def test_results_replace_nothing(trained, tmp_path: Path) -> None:

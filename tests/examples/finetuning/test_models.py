@@ -15,6 +15,7 @@ from torch import Tensor
 
 from parts.data.prompts import Prompts
 from parts.models import huggingface, sam, segmenter, tiny_sam
+from parts.models.adaptation import adapt
 from parts.models.segmenter import check_teacher, load_weights
 
 
@@ -164,3 +165,49 @@ def test_folders_with_a_bad_config(config: str, tmp_path: Path) -> None:
 def test_a_teacher_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match="--teacher must take pictures"):
         check_teacher(build("sam2"), build("sam"))
+
+
+@pytest.fixture(scope="module")
+def small() -> segmenter.Segmenter:
+    torch.manual_seed(0)
+    return sam.build("small", None).eval()
+
+
+def test_the_small_sam_has_a_finer_grid(small) -> None:
+    """A place of the embedding for 8 by 8 pixels, and the official classes around the backbone."""
+    assert small.stride == 8
+    images = torch.randn(2, 3, 256, 256)
+    (embedding,) = small.encode(images)
+    assert embedding.shape == (2, small.dim, 32, 32)
+    boxes = Prompts(torch.tensor([[10.0, 20.0, 90.0, 120.0]] * 2))
+    assert small(images, boxes).shape == (2, 128, 128)
+    assert type(small.model).__module__.startswith("segment_anything")
+    assert small.stages == [1, 3]
+
+
+def test_the_backbone_of_the_small_sam_stays_as_it_is(small) -> None:
+    """Neither training nor the statistics of a batch change what the backbone gives."""
+    student = copy.deepcopy(small)
+    adapt(student, "lora", targets=["qkv"])
+    student.train()
+    backbone = student.encoder.patch_embed.backbone
+    assert not any(p.requires_grad for p in backbone.parameters())
+    before = copy.deepcopy(backbone.state_dict())
+    images = torch.randn(2, 3, 256, 256)
+    boxes = Prompts(torch.tensor([[10.0, 20.0, 90.0, 120.0]] * 2))
+    student(images, boxes).square().mean().backward()
+    assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
+    torch.testing.assert_close(
+        student.encoder.patch_embed(images), small.encoder.patch_embed(images), rtol=0, atol=0
+    )
+
+
+def test_the_small_sam_normalises_for_its_backbone(small, monkeypatch) -> None:
+    """Pixels of 0 to 255 come to (x - 127) / 128, through the normalisation of SAM."""
+    pixels = torch.rand(1, 3, 256, 256) * 255
+    embedding = small.encoder.patch_embed
+    seen = []
+    handle = embedding.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    embedding((pixels - small.model.pixel_mean) / small.model.pixel_std)
+    handle.remove()
+    torch.testing.assert_close(seen[0], (pixels - 127) / 128, rtol=0, atol=1e-5)

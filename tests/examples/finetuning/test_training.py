@@ -225,6 +225,47 @@ def test_infosam_acts_on_the_student(trained, data: Path, tmp_path: Path) -> Non
     assert rows(tmp_path / "run")[0].keys() == {"step", "structure", "learning_rate"}
 
 
+def test_checkpoints_at_some_epochs_alone(trained, data: Path, tmp_path: Path) -> None:
+    options = [*training_options("sam", "lora"), "--validate-every", EPOCHS]
+    run("sam", data, tmp_path / "run", *options)
+    assert [path.name for path in tmp_path.glob("run/epoch-*")] == [f"epoch-{EPOCHS:03d}"]
+    assert [row["epoch"] for row in rows(tmp_path / "run", "validation")] == [EPOCHS]
+    last = f"epoch-{EPOCHS:03d}"
+    expected, found = weights(trained("sam", "lora") / last), weights(tmp_path / "run" / last)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_the_last_epoch_is_always_kept(data: Path, tmp_path: Path) -> None:
+    run("sam", data, tmp_path, "--distiller", "none", "--epochs", 3, "--validate-every", 2)
+    assert sorted(path.name for path in tmp_path.glob("epoch-*")) == ["epoch-002", "epoch-003"]
+
+
+def test_the_start_holds_what_trains(data: Path, tmp_path: Path) -> None:
+    """The squared distance starts at zero, is that of the weights, and keeps them near."""
+    options = ["--distiller", "none", "--epochs", 1, "--method", "decoder", "--lr", 1e-3]
+    for weight in (0.0, 1000.0):
+        run("sam", data, tmp_path / str(weight), *options, "--start-weight", weight)
+    held = rows(tmp_path / "1000.0")
+    assert held[0]["start"] == 0
+    assert held[1]["start"] > 0
+    assert held[1]["loss"] == pytest.approx(held[1]["structure"] + held[1]["start"], rel=1e-5)
+    start = {f"student.model.{k}": v for k, v in load_file(WEIGHTS).items()}
+    distances = []
+    for weight in (0.0, 1000.0):
+        found = weights(tmp_path / str(weight) / "epoch-001")
+        distances.append(sum((v - start[k]).square().sum().item() for k, v in found.items()))
+    assert 0 < distances[1] < 0.9 * distances[0]
+
+
+def test_a_shuffled_teacher_sees_another_image(data: Path, tmp_path: Path) -> None:
+    """At the start the student is the teacher, so that their embeddings differ by the shuffle."""
+    options = ["--distiller", "mobilesam", "--epochs", 1]
+    run("sam", data, tmp_path / "right", *options)
+    run("sam", data, tmp_path / "wrong", *options, "--shuffled-teacher")
+    assert rows(tmp_path / "right")[0]["mobilesam"] < 1e-10
+    assert rows(tmp_path / "wrong")[0]["mobilesam"] > 1e-3
+
+
 @pytest.mark.parametrize(
     "family",
     [

@@ -1,0 +1,189 @@
+"""The evidence: who is compared on what, and what is concluded from the table of runs."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from finetuning_runs import make_data
+
+import evidence
+import report
+from grid import Grid, read_table
+from parts.data.tables import Row
+from parts.errors import InputError
+
+
+def made_up(arm: str, domain: str, seed: int, iou: float, **others: float) -> dict[str, str]:
+    row = {"name": f"{arm}-{domain}-{seed}", "arm": arm, "domain": domain, "seed": str(seed)}
+    row |= {"images": "24", "rate": "0.0002", "steps": "300", "seconds": ""}
+    scores = dict.fromkeys(report.OUTCOMES, iou) | others
+    return row | {name: str(value) for name, value in scores.items()}
+
+
+def compared(effects: dict[str, float], seeds: int, noise: float) -> list[dict[str, str]]:
+    """Rows of plain and InfoSAM whose differences scatter around the effects, in points."""
+    draw = np.random.default_rng(0)
+    rows = []
+    for domain, points in effects.items():
+        for seed in range(seeds):
+            base = draw.uniform(0.3, 0.7)
+            change = (points + noise * draw.standard_normal()) / 100
+            rows.append(made_up("plain", domain, seed, base))
+            rows.append(made_up("infosam", domain, seed, base + change))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("points", "noise", "expected"),
+    [(1.0, 1.0, "helps"), (-1.0, 1.0, "harms"), (0.0, 0.2, "no effect"), (0.4, 8.0, "undecided")],
+)
+def test_verdicts(points: float, noise: float, expected: str) -> None:
+    rows = compared(dict.fromkeys("abcde", points), 20, noise)
+    found = report.effect(report.differences(rows, "infosam", "plain", report.TARGET))
+    assert report.verdict(found) == expected
+    assert report.primary(rows).startswith(f"## The primary comparison: {expected}")
+
+
+def test_an_effect_of_the_least_size_needs_its_interval_above_zero() -> None:
+    def effect(mean: float, low: float, high: float) -> report.Effect:
+        return report.Effect(mean, low, high, 0.0, {}, 1)
+
+    assert report.verdict(effect(0.3, 0.01, 0.6)) == "helps"
+    assert report.verdict(effect(0.3, -0.01, 0.6)) == "undecided"
+    assert report.verdict(effect(0.29, 0.1, 0.5)) == "undecided"
+    assert report.verdict(effect(0.2, 0.1, 0.3)) == "no effect"
+    assert report.verdict(effect(-0.3, -0.6, -0.01)) == "harms"
+
+
+def test_the_interval_is_that_of_means_within_domains() -> None:
+    """For many seeds it is the normal one, of domains of equal weight whatever their seeds."""
+    draw = np.random.default_rng(1)
+    found = {"a": list(2 + draw.standard_normal(400)), "b": list(draw.standard_normal(100))}
+    effect = report.effect(found)
+    means = [np.mean(values) for values in found.values()]
+    assert effect.mean == pytest.approx(np.mean(means))
+    error = np.sqrt(sum(np.var(values) / len(values) for values in found.values())) / 2
+    assert effect.low == pytest.approx(effect.mean - 1.96 * error, abs=0.01)
+    assert effect.high == pytest.approx(effect.mean + 1.96 * error, abs=0.01)
+    assert effect.between == pytest.approx(np.std(means, ddof=1))
+    assert effect.pairs == 500
+
+
+def test_pairs_are_of_the_same_seed_and_domain() -> None:
+    rows = [made_up("plain", "a", 0, 0.5), made_up("plain", "b", 1, 0.1)]
+    rows += [made_up("infosam", "a", 0, 0.6), made_up("infosam", "b", 0, 0.9)]
+    found = report.differences(rows, "infosam", "plain", report.TARGET)
+    assert {domain: pytest.approx(values) for domain, values in found.items()} == {"a": [10.0]}
+
+
+def test_averaged_weights_are_arms_of_their_own() -> None:
+    rows = [made_up("plain", "a", 0, 0.5), made_up("infosam", "a", 0, 0.4)]
+    for name in report.OUTCOMES:
+        test, metric = name.split("/")
+        rows[0][f"{test}/0.5 averaged/{metric}"] = "0.7"
+    assert report.arms_of(rows) == ["infosam", "plain at 0.5"]
+    assert report.effects(rows, "plain at 0.5")[report.TARGET].mean == pytest.approx(20)
+
+
+def test_the_report_is_written(tmp_path: Path, capsys) -> None:
+    rows = compared({"a": 0.5, "b": 0.2}, 4, 1.0)
+    rows += [made_up("infosam, weights 0.1 and 2", "a", seed, 0.5) for seed in range(3)]
+    rows += [made_up("plain", "a", 100, 0.0)]  # of the choice of learning rates
+    columns = dict.fromkeys(name for row in rows for name in row)
+    with (tmp_path / "runs.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, [*columns])
+        table.writeheader()
+        table.writerows(rows)
+    report.main([str(tmp_path / "runs.csv"), "--output", str(tmp_path / "results")])
+    found = sorted(path.name for path in (tmp_path / "results").iterdir())
+    assert found == ["evidence.md", "forest.png", "front.png", "weights.png"]
+    assert "| mean of domains | 8 |" in capsys.readouterr().out
+
+
+def test_subsets_are_disjoint_until_the_rows_are_used_up() -> None:
+    rows = [Row(Path(f"{i}.jpg"), Path(f"{i}.png"), "") for i in range(59)]
+    drawn = [evidence.drawn(rows, seed, 24) for seed in range(6)]
+    assert all(len({*subset}) == 24 for subset in drawn)
+    for first, second in ((0, 1), (2, 3), (4, 5)):
+        assert not {*drawn[first]} & {*drawn[second]}
+    assert {*drawn[0]} != {*drawn[2]}
+    assert drawn[3] == evidence.drawn(rows, 3, 24)
+    with pytest.raises(InputError, match="24 images are needed for training, got 20"):
+        evidence.drawn(rows[:20], 0, 24)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    for name in ("general", "mine", "theirs"):
+        make_data(folder / name, train=24, val=1, test=3)
+    return folder
+
+
+def planned(study: Path, tmp_path: Path, part: str, capsys) -> list[str]:
+    asked = [part, "--data", str(study), "--teacher", "teacher.safetensors", "--dry-run"]
+    evidence.main([*asked, "--output", str(tmp_path)])
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_parts_are_planned(study: Path, tmp_path: Path, capsys) -> None:
+    """Any folders will do; the learning rates come first, and are those that validate best."""
+    first, *_ = planned(study, tmp_path, "rates", capsys)
+    assert first.startswith("12 runs, 12 missing, with 3,600 steps")
+    with pytest.raises(SystemExit, match="run the part rates first"):
+        planned(study, tmp_path, "primary", capsys)
+    rows = [made_up("plain", "mine", 100, 0.5), made_up("infosam", "mine", 100, 0.5)]
+    rows = [
+        row | {"name": f"{row['name']}-{rate}", "rate": rate, "validation_iou": value}
+        for row in rows
+        for rate, value in zip(evidence.RATES, ("0.5", "0.7", "0.6"), strict=True)
+    ]
+    with (tmp_path / "runs.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, [*rows[0]])
+        table.writeheader()
+        table.writerows(rows)
+    first, *primary = planned(study, tmp_path, "primary", capsys)
+    assert first.startswith("80 runs, 80 missing, with 24,000 steps")
+    assert all(name.endswith("-0.0006") for name in primary)
+    first, *second = planned(study, tmp_path, "second", capsys)
+    assert len(second) == len(evidence.SECOND) * 2 * 3
+    halved = [name for name in second if name.startswith("half")]
+    assert all(name.endswith("-0.0003") for name in halved)
+    assert len(planned(study, tmp_path, "weights", capsys)) == 1 + 16 * 2 * 3
+    assert [path.name for path in tmp_path.iterdir()] == ["runs.csv"]
+
+
+def test_an_arm_is_a_command_of_the_program(study: Path, tmp_path: Path) -> None:
+    grid = Grid(tmp_path)
+    found = evidence.Study(study, study / "teacher.safetensors", tmp_path)
+    plain, infosam = (found.run(arm, "mine", 3, 6e-4, 24) for arm in evidence.PRIMARY)
+    assert plain.steps == infosam.steps == 300
+    train, *evaluations = grid.commands(infosam)
+    for option, value in (("--seed", "3"), ("--epochs", "50"), ("--validate-every", "10")):
+        assert train[train.index(option) + 1] == value
+    assert "--teacher-cache" in train
+    assert "--teacher-cache" not in plain.arguments
+    assert [*plain.arguments][-1] != "points"  # boxes inform in generated scenes
+    assert len(evaluations) == 3
+    folder = tmp_path / "data" / "mine-24-3"
+    evidence.write_tables(folder, found.tables[folder])
+    table = read_table(folder / "train.csv")
+    assert len(table) == 24
+    assert all(Path(row["image"]).is_absolute() for row in table)
+    assert len(found.tables[found.kept()]["test"]) == 2  # every second picture
+
+
+def test_boxes_that_are_the_whole_image_do_not_inform(study: Path, tmp_path: Path) -> None:
+    found = evidence.Study(study, study / "teacher.safetensors", tmp_path)
+    assert found.prompts_of("mine") == ()
+    evidence_of_points = evidence.Study(study, study / "teacher.safetensors", tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evidence, "share_of_box", lambda mask: 0.6)
+        assert evidence_of_points.prompts_of("mine")[:2] == ("--eval-prompts", "points")
+
+
+def test_data_without_a_source_is_refused(tmp_path: Path) -> None:
+    make_data(tmp_path / "mine", train=1, val=1, test=1)
+    with pytest.raises(InputError, match="--data must have general and other folders"):
+        evidence.Study(tmp_path, tmp_path / "teacher.safetensors", tmp_path)
