@@ -11,7 +11,7 @@ from models import SIZE, segment, tiny_sam
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 ALL_PAGES = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
-ALL_PAGES += [*ROOT.glob("examples/**/README.md"), ROOT / "benchmarks" / "README.md"]
+ALL_PAGES += [*ROOT.glob("examples/**/README.md"), *ROOT.glob("benchmarks/**/*.md")]
 
 
 def run_blocks(page: Path, namespace: dict) -> dict:

@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="the folder of the general source")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--lr", type=float, default=6e-4)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -95,6 +95,9 @@ def train(options: argparse.Namespace) -> None:
         done = saved.pop("step")
         for name, value in saved.items():
             objects[name].load_state_dict(value)
+    # Two minutes to compile, and a fifth less for every step.
+    model.encoder.compile()
+    model.decoder.transformer.compile()
     views = Views(by_image(options.data, "train"), first=done * VIEWS)
     loader = DataLoader(views, VIEWS, num_workers=1)
     began = time.perf_counter()
@@ -215,11 +218,13 @@ def loss_of(model: SegmentAnything, images: Tensor, masks: Tensor, valid: Tensor
 
 @torch.no_grad()
 def scores(model: SegmentAnything, folder: Path, split: str) -> dict[str, float]:
-    """Return the mean IoU by a box and by a point, of all masks of a split."""
-    rows = read_tables(folder)[split]
+    """Return the mean IoU by a box and by a point, of every fourth mask of a split."""
+    rows = read_tables(folder)[split][::4]
     loader = DataLoader(MaskedImages(rows, FRAME), VIEWS, collate_fn=collate_rows)
     model.eval()
-    return {kind: evaluate(model, loader, kind, points=1)["iou"] for kind in ("boxes", "points")}
+    with torch.autocast("cpu", torch.bfloat16):
+        kinds = ("boxes", "points")
+        return {kind: evaluate(model, loader, kind, points=1)["iou"] for kind in kinds}
 
 
 if __name__ == "__main__":
