@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -319,12 +318,11 @@ def write_tables(folder: Path, splits: Splits) -> None:
 
 def write_random_teacher(path: Path) -> None:
     """Write a model that was not pre-trained but for its backbone."""
-    from pretrain import untrained
+    from pretrain import save, untrained
 
     torch.manual_seed(0)
-    state = untrained(decoder=False).model.state_dict()
     with appearing(path) as place:
-        save_file({name: value.contiguous() for name, value in state.items()}, place)
+        save(untrained(decoder=False), place)
 
 
 if __name__ == "__main__":

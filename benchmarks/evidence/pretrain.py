@@ -53,6 +53,7 @@ PART = v2.RandomResizedCrop(IMAGE_SIZE, scale=(0.08, 1.0))
 VARY = v2.Compose([v2.ColorJitter(0.3, 0.3, 0.3, 0.03), v2.RandomHorizontalFlip()])
 WARM_UP = 100  # steps
 SAVE_EVERY, SCORE_EVERY = 200, 1000
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FRAME = Frame(IMAGE_SIZE, keep_aspect=True)
 
 
@@ -63,15 +64,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--workers", type=int, default=1, help="processes that read pictures")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     train(options)
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train, score every 500 steps on validation, and write the averaged weights."""
+    """Train, score every 1000 steps on validation, and write the averaged weights."""
     torch.manual_seed(0)
-    model = untrained()
+    model = untrained().to(DEVICE)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     trained = [p for p in model.parameters() if p.requires_grad]
     decoder = {id(p) for p in model.decoder.parameters()}
@@ -91,7 +93,7 @@ def train(options: argparse.Namespace) -> None:
     done = 0
     state = options.output / "state.pt"
     if state.exists():
-        saved = torch.load(state, weights_only=True)
+        saved = torch.load(state, map_location=DEVICE, weights_only=True)
         done = saved.pop("step")
         for name, value in saved.items():
             objects[name].load_state_dict(value)
@@ -99,12 +101,12 @@ def train(options: argparse.Namespace) -> None:
     model.encoder.compile()
     model.decoder.transformer.compile()
     views = Views(by_image(options.data, "train"), first=done * VIEWS)
-    loader = DataLoader(views, VIEWS, num_workers=1)
+    loader = DataLoader(views, VIEWS, num_workers=options.workers)
     began = time.perf_counter()
     for step, batch in enumerate(islice(loader, options.steps - done), done + 1):
         model.train()
         torch.manual_seed(step)
-        loss = loss_of(model, *batch)
+        loss = loss_of(model, *(part.to(DEVICE) for part in batch))
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -118,9 +120,7 @@ def train(options: argparse.Namespace) -> None:
             unfinished = state.with_suffix(".unfinished")
             torch.save({"step": step, **whole}, unfinished)
             unfinished.replace(state)
-            weights = average.module.model.state_dict()
-            weights = {name: value.contiguous() for name, value in weights.items()}
-            save_file(weights, options.output / "teacher.safetensors")
+            save(average.module, options.output / "teacher.safetensors")
         if step % SCORE_EVERY == 0:
             found = scores(average.module, options.data, "val")
             write(options.output / "pretraining.csv", {"step": step, **found})
@@ -135,6 +135,12 @@ def write(path: Path, values: dict[str, float]) -> None:
         if new:
             table.writerow(values)
         table.writerow(values.values())
+
+
+def save(model: SegmentAnything, path: Path) -> None:
+    """Write the weights of a model in float16, which is how they are meant from then on."""
+    weights = model.model.state_dict().items()
+    save_file({name: value.half().contiguous().cpu() for name, value in weights}, path)
 
 
 def untrained(*, decoder: bool = True) -> SegmentAnything:
@@ -199,7 +205,7 @@ def loss_of(model: SegmentAnything, images: Tensor, masks: Tensor, valid: Tensor
     """Return the mean loss of half of the masks by boxes, and of the others by points."""
     count = 1 if torch.rand(()) < 0.6 else int(torch.randint(2, 7, ()))
     losses = []
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         embedding = model.encode(images)[-1].repeat_interleave(MASKS // 2, dim=0)
         for kind, part in zip(("boxes", "points"), masks.split(MASKS // 2, dim=1), strict=True):
             truth, known = part.flatten(0, 1), valid.repeat_interleave(MASKS // 2, dim=0)
@@ -220,11 +226,15 @@ def loss_of(model: SegmentAnything, images: Tensor, masks: Tensor, valid: Tensor
 def scores(model: SegmentAnything, folder: Path, split: str) -> dict[str, float]:
     """Return the mean IoU by a box and by a point, of every fourth mask of a split."""
     rows = read_tables(folder)[split][::4]
-    loader = DataLoader(MaskedImages(rows, FRAME), VIEWS, collate_fn=collate_rows)
+    images = MaskedImages(rows, FRAME)
+    found = {}
     model.eval()
-    with torch.autocast("cpu", torch.bfloat16):
-        kinds = ("boxes", "points")
-        return {kind: evaluate(model, loader, kind, points=1)["iou"] for kind in kinds}
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        for kind in ("boxes", "points"):
+            loader = DataLoader(images, VIEWS, collate_fn=collate_rows)
+            batches = (batch.to(DEVICE) for batch in loader)
+            found[kind] = evaluate(model, batches, kind, points=1)["iou"]
+    return found
 
 
 if __name__ == "__main__":

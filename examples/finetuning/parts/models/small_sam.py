@@ -41,8 +41,8 @@ class BackboneEmbedding(nn.Module):
         self.projections = nn.ModuleList(nn.Conv2d(width, WIDTH, 1) for width in channels)
         # From the normalisation of SAM to that of the backbone, which wants (x - 127) / 128.
         mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])
-        self.register_buffer("scale", std.view(3, 1, 1) / 128)
-        self.register_buffer("offset", (mean.view(3, 1, 1) - 127) / 128)
+        self.register_buffer("scale", std.view(3, 1, 1) / 128, persistent=False)
+        self.register_buffer("offset", (mean.view(3, 1, 1) - 127) / 128, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return (B, GRID, GRID, WIDTH) for images (B, 3, IMAGE_SIZE, IMAGE_SIZE)."""
