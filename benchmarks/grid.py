@@ -2,8 +2,9 @@
 
 A `Run` is a command of a program in `examples/finetuning`, and what is then asked of it by
 `evaluate.py`. `run_missing` trains and evaluates what `runs.csv` lacks, several side by side. After
-a kill, the same call goes on: trainings from their last checkpoint, evaluations from the last whole
-one. Tables and figures are made from `runs.csv` alone.
+it was stopped or killed, the same call goes on: trainings from their last checkpoint, evaluations
+from the last whole one. Tables and figures are made from `runs.csv` alone. To train a run anew,
+remove its row, and its folder in `runs` if there is one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +29,10 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "finetuning"))
 
 from parts.errors import InputError
-from parts.files import locked, read_json, replace
+from parts.files import digest, locked, read_json, replace, replace_json
 
 FINETUNING = Path(__file__).parents[1] / "examples" / "finetuning"
+MADE_OF = "made_of.json"
 Cells = dict[str, str]  # of a row of the table, by the names of the columns
 
 
@@ -74,8 +76,8 @@ class Grid:
     """The folder of many runs.
 
     Args:
-        output: The folder. It holds `runs.csv`, and a folder for each of trainings, scores and
-            logs.
+        output: The folder. It holds `runs.csv`, `made_of.json`, and a folder for each of trainings,
+            scores and logs.
         threads: Threads of each training. By default PyTorch's own choice.
         discard: Whether to remove the weights of a run once its scores are in the table.
     """
@@ -90,12 +92,15 @@ class Grid:
 
     def rows(self) -> dict[str, Cells]:
         """Return the rows of the table by the names of their runs."""
-        return {row["name"]: row for row in read_table(self.table)}
+        rows = read_table(self.table)
+        if rows and not {"name", "seconds", "steps"} <= rows[0].keys():
+            raise InputError(f"{self.table} is damaged, it has no column name, seconds or steps")
+        return {row["name"]: row for row in rows}
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
         """Return the runs that the table has no row of."""
         found = self.rows()
-        return [run for run in runs if run.name not in found]
+        return [*{run.name: run for run in runs if run.name not in found}.values()]
 
     def commands(self, run: Run) -> list[list[str]]:
         """Return the commands of a run: the training, and one for each evaluation."""
@@ -119,19 +124,43 @@ class Grid:
             found.insert(0, [*train, *(["--resume"] if begun else [])])
         return found
 
-    def run_missing(self, runs: Sequence[Run], jobs: int = 1) -> None:
-        """Train and evaluate what the table lacks, `jobs` at a time.
+    def check(self, made_of: Mapping[str, str]) -> dict[str, str]:
+        """Return what all runs of the folder are made of: names and digests, and these as well.
 
         Raises:
-            InputError: If a run failed, after all others are done; or if another process is at
-                work in the folder.
+            InputError: If the folder was made of others.
+        """
+        path = self.output / MADE_OF
+        before = read_json(path) if path.exists() else {}
+        wrong = [name for name, digest in made_of.items() if before.get(name, digest) != digest]
+        if wrong:
+            raise InputError(
+                f"{self.output} was made with another {wrong[0]}; name another --output for this"
+            )
+        return before | dict(made_of)
+
+    def run_missing(
+        self, runs: Sequence[Run], jobs: int = 1, made_of: Mapping[str, str] | None = None
+    ) -> None:
+        """Train and evaluate what the table lacks, `jobs` at a time.
+
+        Args:
+            runs: The runs.
+            jobs: How many run at the same time.
+            made_of: Digests of what the runs read, by names. A folder keeps to what it was made of.
+
+        Raises:
+            InputError: If a run failed, after all others are done; if it was interrupted; if
+                another process is at work in the folder; or if it was made of something else.
         """
         self.output.mkdir(parents=True, exist_ok=True)
         failed: list[str] = []
         with locked(self.output / "grid.lock"):
+            replace_json(self.output / MADE_OF, self.check(made_of or {}))
             for waiting in in_order(self.missing(runs), self.rows()):
-                with ThreadPoolExecutor(jobs) as pool:
-                    futures = {pool.submit(self.run_one, run): run for run in waiting}
+                pool = ThreadPoolExecutor(jobs)
+                futures = {pool.submit(self.run_one, run): run for run in waiting}
+                try:
                     for done, future in enumerate(as_completed(futures), 1):
                         problem = future.result()
                         name = futures[future].name
@@ -140,11 +169,17 @@ class Grid:
                             failed.append(name)
                         else:
                             self.note(futures[future])
+                except KeyboardInterrupt:
+                    raise InputError("interrupted; the same command goes on") from None
+                finally:  # whatever happens, nothing new is started
+                    pool.shutdown(cancel_futures=True)
         if failed:
             raise InputError(f"{len(failed)} runs failed, see {self.output / 'logs'}: {failed[0]}")
 
     def run_one(self, run: Run) -> str:
         """Do what is left of a run; return what went wrong, or an empty text."""
+        if not (self.folder(run.name) / "result.json").exists():  # the scores are of an earlier one
+            shutil.rmtree(self.output / "scores" / run.name, ignore_errors=True)
         left = self.left(run)
         log = self.output / "logs" / f"{run.name}.txt"
         log.parent.mkdir(exist_ok=True)
@@ -195,7 +230,10 @@ class Grid:
         text = f"{len(runs)} runs, {len(missing)} missing, with {steps:,} steps"
         timed = [row for row in self.rows().values() if row["seconds"]]
         if seconds_per_step is None and timed:
-            seconds_per_step = mean(float(row["seconds"]) / int(row["steps"]) for row in timed)
+            seconds_per_step = mean(
+                number(row, "seconds", self.table) / number(row, "steps", self.table)
+                for row in timed
+            )
             text += f"; {seconds_per_step:.2f} s a step in {len(timed)} finished runs"
         if seconds_per_step is None:
             return f"{text}; how long they take is known once one is finished"
@@ -215,6 +253,22 @@ def in_order(runs: Sequence[Run], finished: Iterable[str]) -> Iterable[list[Run]
         waiting = [run for run in waiting if run not in ready]
 
 
+def digest_of_file(path: Path, option: str) -> str:
+    """Return a name for the content of a file that an option names.
+
+    Raises:
+        InputError: If there is no such file.
+    """
+    if not path.is_file():
+        raise InputError(f"{option} must be a file, got {path}")
+    return digest(path)
+
+
+def digest_of_tables(folder: Path) -> str:
+    """Return a name for the content of all tables of a data set."""
+    return "".join(digest(path)[:16] for path in sorted(folder.glob("*.csv")))
+
+
 def shown(command: Sequence[str]) -> str:
     """Return a command as one would type it."""
     program = os.path.relpath(command[0])
@@ -222,11 +276,35 @@ def shown(command: Sequence[str]) -> str:
 
 
 def read_table(path: Path) -> list[Cells]:
-    """Return the rows of a table, or none if there is no table."""
+    """Return the rows of a table, or none if there is no table.
+
+    Raises:
+        InputError: If it is no table, or if a row has more or fewer cells than the first line.
+    """
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    for line, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise InputError(f"{path} is damaged in row {line}; remove that row")
+    return rows
+
+
+def number(row: Cells, column: str, table: Path | str) -> float:
+    """Return a cell as a number.
+
+    Raises:
+        InputError: If it is none.
+    """
+    try:
+        return float(row[column])
+    except (KeyError, ValueError):
+        found = row.get(column)
+        raise InputError(f"{table}: {column} must be a number, got {found!r}") from None
 
 
 def write_table(path: Path, rows: Sequence[Cells]) -> None:

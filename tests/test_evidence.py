@@ -1,6 +1,5 @@
 """The evidence: who is compared on what, and what is concluded from the table of runs."""
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ from finetuning_runs import make_data
 
 import evidence
 import report
-from grid import Grid, read_table
+from grid import Grid, read_table, write_table
 from parts.data.tables import Row
 from parts.errors import InputError
 
@@ -42,7 +41,13 @@ def test_verdicts(points: float, noise: float, expected: str) -> None:
     rows = compared(dict.fromkeys("abcde", points), 20, noise)
     found = report.effect(report.differences(rows, "infosam", "plain", report.TARGET))
     assert report.verdict(found) == expected
-    assert report.primary(rows).startswith(f"## The primary comparison: {expected}")
+    assert report.primary(rows).startswith(f"## The primary comparison: {expected}\n")
+
+
+def test_there_is_no_verdict_before_the_end() -> None:
+    rows = compared({"a": 1.0, "b": 1.0}, 20, 0.1)[:-1]
+    assert "comparison: incomplete, 39 of 40 pairs\n" in report.primary(rows)
+    assert report.primary([row for row in rows if row["arm"] == "plain"]) == ""
 
 
 def test_an_effect_of_the_least_size_needs_its_interval_above_zero() -> None:
@@ -83,6 +88,8 @@ def test_averaged_weights_are_arms_of_their_own() -> None:
         test, metric = name.split("/")
         rows[0][f"{test}/0.5 averaged/{metric}"] = "0.7"
     assert report.arms_of(rows) == ["infosam", "plain at 0.5"]
+    without_partner = made_up("L2-SP", "elsewhere", 0, 0.5)
+    assert report.arms_of([*rows, without_partner]) == ["infosam", "plain at 0.5"]
     assert report.effects(rows, "plain at 0.5")[report.TARGET].mean == pytest.approx(20)
 
 
@@ -90,15 +97,36 @@ def test_the_report_is_written(tmp_path: Path, capsys) -> None:
     rows = compared({"a": 0.5, "b": 0.2}, 4, 1.0)
     rows += [made_up("infosam, weights 0.1 and 2", "a", seed, 0.5) for seed in range(3)]
     rows += [made_up("plain", "a", 100, 0.0)]  # of the choice of learning rates
-    columns = dict.fromkeys(name for row in rows for name in row)
-    with (tmp_path / "runs.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, [*columns])
-        table.writeheader()
-        table.writerows(rows)
+    write_table(tmp_path / "runs.csv", rows)
     report.main([str(tmp_path / "runs.csv"), "--output", str(tmp_path / "results")])
     found = sorted(path.name for path in (tmp_path / "results").iterdir())
     assert found == ["evidence.md", "forest.png", "front.png", "weights.png"]
     assert "| mean of domains | 8 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="results exists"):
+        report.main([str(tmp_path / "runs.csv"), "--output", str(tmp_path / "results")])
+
+
+def test_the_second_tier_is_compared_on_its_own_seeds_and_domains() -> None:
+    rows = compared({"a": 1.0, "b": 5.0}, 20, 0.0)
+    rows += [made_up("L2-SP", "a", seed, 0.5) for seed in range(3)]
+    few = report.second_tier(rows)
+    assert {(row["domain"], int(row["seed"])) for row in few} == {("a", 0), ("a", 1), ("a", 2)}
+    assert report.effects(few, "infosam")[report.TARGET].mean == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "must be the runs.csv of evidence.py"),
+        ([{"name": "a"}], "must be the runs.csv of evidence.py"),
+        ([made_up("plain", "a", 0, 0.5)] * 2, "has two rows of plain, a, 0, 24"),
+    ],
+)
+def test_a_table_of_something_else_is_refused(rows, message, tmp_path: Path) -> None:
+    write_table(tmp_path / "runs.csv", rows)
+    with pytest.raises(SystemExit, match=message):
+        report.main([str(tmp_path / "runs.csv"), "--output", str(tmp_path / "results")])
+    assert not (tmp_path / "results").exists()
 
 
 def test_subsets_are_disjoint_until_the_rows_are_used_up() -> None:
@@ -109,8 +137,6 @@ def test_subsets_are_disjoint_until_the_rows_are_used_up() -> None:
         assert not {*drawn[first]} & {*drawn[second]}
     assert {*drawn[0]} != {*drawn[2]}
     assert drawn[3] == evidence.drawn(rows, 3, 24)
-    with pytest.raises(InputError, match="24 images are needed for training, got 20"):
-        evidence.drawn(rows[:20], 0, 24)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +148,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def planned(study: Path, tmp_path: Path, part: str, capsys) -> list[str]:
-    asked = [part, "--data", str(study), "--teacher", "teacher.safetensors", "--dry-run"]
+    teacher = study / "teacher.safetensors"
+    teacher.touch()
+    asked = [part, "--data", str(study), "--teacher", str(teacher), "--dry-run"]
     evidence.main([*asked, "--output", str(tmp_path)])
     return capsys.readouterr().out.splitlines()
 
@@ -131,18 +159,18 @@ def test_the_parts_are_planned(study: Path, tmp_path: Path, capsys) -> None:
     """Any folders will do; the learning rates come first, and are those that validate best."""
     first, *_ = planned(study, tmp_path, "rates", capsys)
     assert first.startswith("12 runs, 12 missing, with 3,600 steps")
-    with pytest.raises(SystemExit, match="run the part rates first"):
-        planned(study, tmp_path, "primary", capsys)
-    rows = [made_up("plain", "mine", 100, 0.5), made_up("infosam", "mine", 100, 0.5)]
     rows = [
-        row | {"name": f"{row['name']}-{rate}", "rate": rate, "validation_iou": value}
-        for row in rows
-        for rate, value in zip(evidence.RATES, ("0.5", "0.7", "0.6"), strict=True)
+        made_up(arm, domain, 100, 0.5)
+        | {"name": f"{arm}-{domain}-{rate}", "rate": rate, "validation_iou": value}
+        for arm in ("plain", "infosam")
+        for domain in ("mine", "theirs")
+        for rate, value in zip(("0.0002", "0.0006", "0.002"), ("0.5", "0.7", "0.6"), strict=True)
     ]
-    with (tmp_path / "runs.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, [*rows[0]])
-        table.writeheader()
-        table.writerows(rows)
+    for some in ([], rows[:-1]):
+        write_table(tmp_path / "runs.csv", some)
+        with pytest.raises(SystemExit, match="run the part rates to its end first"):
+            planned(study, tmp_path, "primary", capsys)
+    write_table(tmp_path / "runs.csv", rows)
     first, *primary = planned(study, tmp_path, "primary", capsys)
     assert first.startswith("80 runs, 80 missing, with 24,000 steps")
     assert all(name.endswith("-0.0006") for name in primary)

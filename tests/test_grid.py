@@ -118,6 +118,53 @@ grid.Grid(Path({str(output)!r})).run_missing([test_grid.a_run("a", "--waits")])
     assert str(output) not in ours
 
 
+def test_an_interrupt_starts_nothing_new(programs: Path, tmp_path: Path) -> None:
+    def interrupt(run: Run) -> str:
+        raise KeyboardInterrupt
+
+    several = Grid(tmp_path / "output")
+    several.run_one = interrupt
+    with pytest.raises(InputError, match="interrupted; the same command goes on"):
+        several.run_missing([a_run(name) for name in "abcdefgh"])
+    assert several.rows() == {}
+
+
+def test_scores_of_an_earlier_training_are_not_taken(programs: Path, tmp_path: Path) -> None:
+    several = Grid(tmp_path / "output", discard=True)
+    several.run_missing([a_run("a")])
+    several.table.unlink()
+    (programs / "evaluate.py").write_text(EVALUATES.replace("0.25", "0.75"))
+    several.run_missing([a_run("a"), a_run("a")])
+    assert several.rows()["a"]["target/iou"] == "0.75000"
+    assert len(calls(several.output, "a")) == 2
+
+
+def test_a_folder_keeps_to_what_it_was_made_of(programs: Path, tmp_path: Path) -> None:
+    several = Grid(tmp_path / "output")
+    several.run_missing([a_run("a")], made_of={"teacher": "one"})
+    several.run_missing([a_run("b")], made_of={"teacher": "one", "data": "mine"})
+    with pytest.raises(InputError, match="was made with another data"):
+        several.run_missing([a_run("c")], made_of={"data": "theirs"})
+    assert [*several.rows()] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "message"),
+    [
+        ("name,steps,seconds\na,10\n", "is damaged in row 2"),
+        ("name,steps,seconds\na,10,1,2\n", "is damaged in row 2"),
+        ("seed,steps\n0,10\n", "has no column name"),
+        ("name,steps,seconds\na,ten,1\n", "steps must be a number, got 'ten'"),
+        (b"\xff\xfe", "is damaged"),
+    ],
+)
+def test_a_damaged_table_is_named(spoilt: str | bytes, message: str, tmp_path: Path) -> None:
+    content = spoilt if isinstance(spoilt, bytes) else spoilt.encode()
+    (tmp_path / "runs.csv").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        Grid(tmp_path).plan([a_run("b")], 1, None)
+
+
 def test_runs_wait_for_those_they_read(programs: Path, tmp_path: Path, capsys) -> None:
     several = Grid(tmp_path / "output")
     several.run_missing([a_run("second", needs=("first",)), a_run("first")], jobs=2)
@@ -195,6 +242,9 @@ def test_a_table_has_mean_and_standard_error_beside_the_paper() -> None:
     [
         (["table2", "--rows", "Nobody"], "--rows must be among Teacher"),
         (["table12", "--sets", "isic"], "--sets must have one of table12"),
+        (["table12", "--", "--seed", "5"], "--seed cannot stand after --"),
+        (["table12", "--", "--output=there"], "--output=there cannot stand after --"),
+        (["table12"], "--data must have the folder leaf_disease_segmentation"),
         (["figure4"], "--vit-l must name the weights"),
         (["table2", "--show", "nothing"], "--show must be one of"),
     ],
@@ -202,7 +252,27 @@ def test_a_table_has_mean_and_standard_error_beside_the_paper() -> None:
 def test_what_cannot_be_planned_is_said(asked, message, tmp_path: Path) -> None:
     place = ["--data", str(tmp_path), "--output", str(tmp_path / "runs")]
     with pytest.raises(SystemExit, match=message):
-        paper.main([*asked, *place, "--checkpoint", str(tmp_path / "sam_vit_b.pth")])
+        paper.main([asked[0], *place, "--checkpoint", str(tmp_path / "sam_vit_b.pth"), *asked[1:]])
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(("row", "runs"), [("Adapter", 9), ("InfoSAM2", 9), ("SAM2", 3)])
+def test_rows_of_one_half_of_a_table(row: str, runs: int, tmp_path: Path, capsys) -> None:
+    asked = ["table3", "--data", str(tmp_path), "--output", str(tmp_path / "runs"), "--rows", row]
+    paper.main([*asked, "--checkpoint", str(tmp_path / "sam2.pt"), "--dry-run"])
+    assert capsys.readouterr().out.startswith(f"{runs} runs")
+
+
+def test_other_data_need_another_folder(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "mine" / "leaf_disease_segmentation"
+    folder.mkdir(parents=True)
+    for split in ("train", "val", "test"):
+        (folder / f"{split}.csv").write_text(f"image,label\n{split}.jpg,{split}.png\n")
+    output = tmp_path / "runs"
+    Grid(output).run_missing([], made_of={"tables of leaf_disease_segmentation": "others"})
+    asked = ["table12", "--sets", "leaf", "--model", "tiny", "--output", str(output), "--dry-run"]
+    with pytest.raises(SystemExit, match="was made with another tables of leaf"):
+        paper.main([*asked, "--data", str(tmp_path / "mine"), "--", "--batch-size", "1"])
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ import argparse
 import csv
 import math
 import sys
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
@@ -24,12 +23,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from grid import Evaluation, Grid, Run, shown
+from grid import Evaluation, Grid, Run, digest_of_file, digest_of_tables, shown
+from grid import number as number_of
 from parts.data.reading import read_mask
 from parts.data.tables import Row, Splits, read_tables
 from parts.errors import InputError, plain_errors
 from parts.files import appearing
-from parts.options import DISTILLERS, SPLITS, WITH_LAYERS, whole
+from parts.options import DISTILLERS, SPLITS, WITH_LAYERS, number, place, whole
 
 SOURCE = "general"
 IMAGES, BATCH, STEPS, VALIDATIONS = 24, 4, 300, 5
@@ -42,6 +42,7 @@ SHARES = ("0.5", "0.75")
 KEPT = 121  # pictures of the source
 INFORMING = 0.5  # a box that covers less of its image than this says where the object is
 PLAIN, INFOSAM = "plain", "infosam"
+TABLE = "runs.csv"
 PARTS = ("rates", "primary", "second", "third", "weights")
 
 
@@ -89,22 +90,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing of a part, or say what that would be."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--data", type=Path, required=True, help="the folders of all data sets")
-    parser.add_argument("--teacher", type=Path, required=True, help="what pretrain.py has written")
-    parser.add_argument("--output", type=Path, required=True, help="the folder of all runs")
+    parser.add_argument("--data", type=place, required=True, help="the folders of all data sets")
+    parser.add_argument("--teacher", type=place, required=True, help="what pretrain.py has written")
+    parser.add_argument("--output", type=place, required=True, help="the folder of all runs")
     parser.add_argument("--best", nargs=2, help="the two arms of the second tier for the third")
     parser.add_argument("--jobs", type=whole(1), default=1, help="runs at the same time")
     parser.add_argument("--threads", type=whole(1), help="of each run")
     parser.add_argument("--dry-run", action="store_true", help="run nothing")
-    parser.add_argument("--seconds-per-step", type=float, help="to estimate the time by")
+    parser.add_argument(
+        "--seconds-per-step", type=number(0, exclusive=True), help="to estimate the time by"
+    )
     parser.add_argument("--show", metavar="NAME", help="print the commands of one of the runs")
     options = parser.parse_args(argv)
     if (options.part == "third") != (options.best is not None):
         parser.error("--best is for the third tier, and it needs it")
     with plain_errors():
-        options.data, options.teacher, options.output = (
-            path.absolute() for path in (options.data, options.teacher, options.output)
-        )
         grid = Grid(options.output, options.threads, discard=True)
         study = Study(options.data, options.teacher, options.output)
         runs = [*planned(options, study, grid)]
@@ -113,14 +113,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not named:
                 names = ", ".join(run.name for run in runs[:3])
                 raise InputError(f"--show must name a run such as {names}, got {options.show}")
+            study.write()  # what the commands read
             print("\n".join(map(shown, grid.commands(named[0]))))
             return
+        made_of = study.made_of()
+        grid.check(made_of)
         print(grid.plan(runs, options.jobs, options.seconds_per_step))
         if options.dry_run:
             print("\n".join(run.name for run in grid.missing(runs)))
         else:
             study.write()
-            grid.run_missing(runs, options.jobs)
+            grid.run_missing(runs, options.jobs, made_of)
 
 
 def planned(options: argparse.Namespace, study: Study, grid: Grid) -> Iterator[Run]:
@@ -135,7 +138,7 @@ def planned(options: argparse.Namespace, study: Study, grid: Grid) -> Iterator[R
                 for domain in study.among(RATE_DOMAINS):
                     yield study.run(arm, domain, RATE_SEED, float(rate), IMAGES)
         return
-    rates = chosen_rates(list(grid.rows().values()))
+    rates = chosen_rates(list(grid.rows().values()), study.among(RATE_DOMAINS))
     for arm, domains, seeds, images in asked(options, study):
         rate = rates[arm.rate_of] * arm.rate_factor
         for domain in domains:
@@ -161,29 +164,35 @@ def asked(
                 yield arm, study.among((WEIGHTS_DOMAIN,)), SECOND_SEEDS, IMAGES
     else:
         every = {arm.name: arm for arm in (*PRIMARY, *SECOND)}
-        unknown = [name for name in options.best if name not in every]
-        if unknown:
-            names = ", ".join(every)
-            raise InputError(f"--best must name arms, got {unknown[0]}; there are {names}")
+        choice = [name for name in every if name not in (PLAIN, INFOSAM)]
+        if len({*options.best} & {*choice}) < 2:
+            found = " and ".join(options.best)
+            raise InputError(f"--best must name two of {', '.join(choice)}, got {found}")
         for name in (PLAIN, INFOSAM, *options.best):
             yield every[name], study.domains, THIRD_SEEDS, None
 
 
-def chosen_rates(rows: list[dict[str, str]]) -> dict[str, float]:
+def chosen_rates(rows: list[dict[str, str]], domains: Sequence[str]) -> dict[str, float]:
     """Return the learning rate of each primary arm that is best in validation.
 
     Raises:
         InputError: If a run is missing.
     """
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if row["seed"] == str(RATE_SEED):
-            found[row["arm"]][row["rate"]].append(float(row["validation_iou"]))
-    if len(found) < len(PRIMARY) or any(len(rates) < len(RATES) for rates in found.values()):
-        raise InputError("run the part rates first, which chooses the learning rates")
-    return {
-        arm: float(max(rates, key=lambda rate: mean(rates[rate]))) for arm, rates in found.items()
+    found = {
+        (row["arm"], float(row["rate"]), row["domain"]): number_of(row, "validation_iou", TABLE)
+        for row in rows
+        if row.get("seed") == str(RATE_SEED)
     }
+    chosen = {}
+    for arm in PRIMARY:
+        scores = {}
+        for rate in map(float, RATES):
+            keys = [(arm.name, rate, domain) for domain in domains]
+            if not found.keys() >= {*keys}:
+                raise InputError("run the part rates to its end first; it chooses learning rates")
+            scores[rate] = mean(found[key] for key in keys)
+        chosen[arm.name] = max(scores, key=scores.__getitem__)
+    return chosen
 
 
 class Study:
@@ -264,6 +273,9 @@ class Study:
         """Return a folder with the tables of a seed's training images, and how many there are."""
         splits = read_tables(self.data / domain)
         if images is not None:
+            if len(splits["train"]) < images:
+                count = len(splits["train"])
+                raise InputError(f"{images} training images are needed, {domain} has {count}")
             splits["train"] = drawn(splits["train"], seed, images)
         folder = self.output / "data" / f"{domain}-{images or 'all'}-{seed if images else 0}"
         self.tables[folder] = splits
@@ -279,6 +291,12 @@ class Study:
         self.tables[folder] = few | {"test": first[::2][:KEPT]}
         return folder
 
+    def made_of(self) -> dict[str, str]:
+        """Return digests of all that the runs read."""
+        found = {f"tables of {name}": digest_of_tables(self.data / name) for name in self.domains}
+        found[f"tables of {SOURCE}"] = digest_of_tables(self.data / SOURCE)
+        return found | {"teacher": digest_of_file(self.teacher, "--teacher")}
+
     def write(self) -> None:
         """Write what the planned runs read, unless it is there."""
         for folder, splits in self.tables.items():
@@ -290,8 +308,6 @@ class Study:
 
 def drawn(rows: list[Row], seed: int, count: int) -> list[Row]:
     """Return the rows of a seed: subsets are disjoint until the rows are used up."""
-    if len(rows) < count:
-        raise InputError(f"{count} images are needed for training, got {len(rows)}")
     per_round = len(rows) // count
     order = np.random.default_rng(seed // per_round).permutation(len(rows))
     start = seed % per_round * count
@@ -301,6 +317,8 @@ def drawn(rows: list[Row], seed: int, count: int) -> list[Row]:
 def share_of_box(mask: Path) -> float:
     """Return how much of its image the box around a mask covers."""
     inside = read_mask(mask).object
+    if not inside.any():
+        raise InputError(f"{mask} must have an object, it is empty")
     height, width = (np.ptp(np.flatnonzero(inside.any(axis))) + 1 for axis in (1, 0))
     return float(height * width / inside.size)
 

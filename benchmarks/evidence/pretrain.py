@@ -40,14 +40,17 @@ from parts.data.frame import Frame
 from parts.data.prompts import Prompts, draw_points, noised
 from parts.data.reading import read_image, read_mask
 from parts.data.tables import read_tables
+from parts.errors import InputError, plain_errors
 from parts.evaluation.scores import evaluate
+from parts.files import locked
 from parts.models.sam import SegmentAnything
 from parts.models.small_sam import DIM, IMAGE_SIZE, build_small_sam
+from parts.options import number, place, whole
 from parts.training.loss import structure_loss
 
 DECODER = Path(__file__).parents[2] / "examples" / "quickstart" / "tiny_sam.safetensors"
 VIEWS, MASKS = 8, 4  # of a step, and of a view
-LEAST_AREA = 64  # pixels of a mask that is left of in a view
+LEAST_AREA = 64  # pixels that a view must show of a mask
 PARTS = 0.7  # of the views show a part of a picture
 PART = v2.RandomResizedCrop(IMAGE_SIZE, scale=(0.08, 1.0))
 VARY = v2.Compose([v2.ColorJitter(0.3, 0.3, 0.3, 0.03), v2.RandomHorizontalFlip()])
@@ -60,17 +63,22 @@ FRAME = Frame(IMAGE_SIZE, keep_aspect=True)
 def main() -> None:
     """Train up to `--steps`, from the beginning or from where an earlier call came to."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="the folder of the general source")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--lr", type=float, default=6e-4)
-    parser.add_argument("--workers", type=int, default=1, help="processes that read pictures")
+    parser.add_argument(
+        "--data", type=place, required=True, help="the folder of the general source"
+    )
+    parser.add_argument("--output", type=place, required=True)
+    parser.add_argument("--steps", type=whole(1), default=10_000)
+    parser.add_argument("--lr", type=number(0, exclusive=True), default=6e-4)
+    parser.add_argument("--workers", type=whole(0), default=1, help="processes that read pictures")
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
-    train(options)
+    with plain_errors():
+        images = by_image(options.data, "train")
+        options.output.mkdir(parents=True, exist_ok=True)
+        with locked(options.output / "pretraining.lock"):
+            train(images, options)
 
 
-def train(options: argparse.Namespace) -> None:
+def train(images: list[tuple[Path, list[Path]]], options: argparse.Namespace) -> None:
     """Train, score every 1000 steps on validation, and write the averaged weights."""
     torch.manual_seed(0)
     model = untrained().to(DEVICE)
@@ -97,10 +105,12 @@ def train(options: argparse.Namespace) -> None:
         done = saved.pop("step")
         for name, value in saved.items():
             objects[name].load_state_dict(value)
+        if done >= options.steps:
+            raise InputError(f"{options.output} has {done} steps; more --steps would go on")
     # Two minutes to compile, and a fifth less for every step.
     model.encoder.compile()
     model.decoder.transformer.compile()
-    views = Views(by_image(options.data, "train"), first=done * VIEWS)
+    views = Views(images, first=done * VIEWS)
     loader = DataLoader(views, VIEWS, num_workers=options.workers)
     began = time.perf_counter()
     for step, batch in enumerate(islice(loader, options.steps - done), done + 1):
@@ -116,11 +126,12 @@ def train(options: argparse.Namespace) -> None:
         if step % 50 == 0:
             print(f"step {step}, loss {loss.item():.3f}, {time.perf_counter() - began:.0f} s")
         if step % SAVE_EVERY == 0 or step == options.steps:
-            whole = {name: value.state_dict() for name, value in objects.items()}
-            unfinished = state.with_suffix(".unfinished")
-            torch.save({"step": step, **whole}, unfinished)
+            states = {name: value.state_dict() for name, value in objects.items()}
+            unfinished = options.output / "unfinished"
+            save(average.module, unfinished)
+            unfinished.replace(options.output / "teacher.safetensors")
+            torch.save({"step": step, **states}, unfinished)
             unfinished.replace(state)
-            save(average.module, options.output / "teacher.safetensors")
         if step % SCORE_EVERY == 0:
             found = scores(average.module, options.data, "val")
             write(options.output / "pretraining.csv", {"step": step, **found})

@@ -8,7 +8,8 @@ of the data sets, under the names that their archives have. Tables share their r
 
 `--dry-run` lists and counts the runs, and `--show NAME` prints the commands of one. What stands
 after `--` goes to every training, such as `-- --precision bf16`. A setting below the paper's:
-`--rows Student InfoSAM --sets leaf --seeds 2 --model tiny ... -- --epochs 1`.
+`--rows Student InfoSAM --sets leaf --seeds 2 --model tiny --checkpoint tiny_sam.safetensors --
+--epochs 1`. An output folder keeps to the data and weights that it was made with.
 """
 
 from __future__ import annotations
@@ -24,10 +25,20 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from grid import Cells, Evaluation, Grid, Run, read_table, shown
+from grid import (
+    Cells,
+    Evaluation,
+    Grid,
+    Run,
+    digest_of_file,
+    digest_of_tables,
+    read_table,
+    shown,
+)
 from parts.data.tables import read_tables
 from parts.errors import InputError, plain_errors
-from parts.options import parse_training, place, whole
+from parts.files import replace
+from parts.options import number, parse_training, place, whole
 
 FIGURES = Path(__file__).with_name("figures.csv")
 
@@ -211,6 +222,13 @@ COLUMNS = {
 }
 OTHER_RELATION = {"kvasir": "leaf", "leaf": "kvasir"}  # of Table 6
 MODELS = {"sam": "vit_b", "sam2": "sam2_hiera_b+"}
+OWN = tuple(
+    f"--{name}"
+    for name in (
+        *("data", "test-table", "images", "masks", "output", "seed", "resume", "model"),
+        *("checkpoint", "teacher", "teacher-checkpoint", "threads", "method", "distiller"),
+    )
+)
 NAMES = (*(f"table{number}" for number in range(1, 14)), "figure4", "figure6", "figure7")
 
 
@@ -221,8 +239,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = read_options(argv[:cut])
     options.extra = tuple(argv[cut + 1 :])
     with plain_errors():
+        own = [value for value in options.extra if value.partition("=")[0] in OWN]
+        if own:
+            raise InputError(f"{own[0]} cannot stand after --, as each run has its own")
         grid = Grid(options.output, options.threads)
-        parts = PARTS.get(options.table, (options.table,))
+        parts = with_rows(PARTS.get(options.table, (options.table,)), options.rows)
         plans = {part: [*planned(part, options, grid)] for part in parts}
         # Halves of a table share runs, and so do rows.
         runs = {run.name: run for plan in plans.values() for run in [*needed(plan), *ran(plan)]}
@@ -231,19 +252,67 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise InputError(f"--show must be one of {', '.join(runs)}, got {options.show}")
             print("\n".join(map(shown, grid.commands(runs[options.show]))))
             return
+        grid.check(made_of([*runs.values()], options, must_exist=False))
         print(grid.plan([*runs.values()], options.jobs, options.seconds_per_step))
         if options.dry_run:
             print("\n".join(runs))
             return
-        grid.run_missing([*runs.values()], options.jobs)
-        for part, plan in plans.items():
-            text = table(part, plan, grid.rows())
-            print(text)
-            (options.output / f"{part}.md").write_text(text, encoding="utf-8")
-            if part.startswith("figure"):
-                from plots import draw
+        read = made_of([*runs.values()], options, must_exist=True)
+        try:
+            grid.run_missing([*runs.values()], options.jobs, read)
+        finally:  # of what there is
+            for part, plan in plans.items():
+                write(part, plan, grid.rows(), options.output)
 
-                draw(part, measured(part, plan, grid.rows()), options.output / f"{part}.png")
+
+def write(part: str, plan: Sequence[Cell], rows: dict[str, Cells], folder: Path) -> None:
+    """Print a table and write it, and draw it if it is a figure."""
+    found = measured(part, plan, rows)
+    if not any(found.values()):
+        return
+    text = table(part, plan, rows)
+    print(text)
+    replace(folder / f"{part}.md", text)
+    if part.startswith("figure"):
+        from plots import draw
+
+        draw(part, found, folder / f"{part}.png")
+
+
+def with_rows(parts: Sequence[str], rows: Sequence[str] | None) -> list[str]:
+    """Return the halves of a table that have a row that is asked for.
+
+    Raises:
+        InputError: If a row is in none.
+    """
+    names = dict.fromkeys(name for part in parts for name in ROWS[part])
+    unknown = [name for name in rows or () if name not in names]
+    if unknown:
+        raise InputError(f"--rows must be among {', '.join(names)}, got {unknown[0]}")
+    return [part for part in parts if rows is None or {*rows} & ROWS[part].keys()]
+
+
+def made_of(
+    runs: Sequence[Run], options: argparse.Namespace, *, must_exist: bool
+) -> dict[str, str]:
+    """Return digests of what the runs read: tables, and official weights.
+
+    Raises:
+        InputError: If something is missing that must exist.
+    """
+    found = {}
+    for archive in dict.fromkeys(run.labels["data"] for run in runs):
+        folder = options.data / archive
+        if folder.is_dir():
+            found[f"tables of {archive}"] = digest_of_tables(folder)
+        elif must_exist:
+            raise InputError(f"--data must have the folder {archive}, got {options.data}")
+    model = options.model or MODELS[runs[0].labels["package"]]
+    weights = {"checkpoint": options.checkpoint, "vit-l": options.vit_l, "vit-h": options.vit_h}
+    for name, path in weights.items():
+        if path is not None and (must_exist or path.exists()):
+            found[f"{name} for {model}"] = digest_of_file(path, f"--{name}")
+    return found
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
@@ -264,7 +333,9 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=whole(1), default=1, help="runs at the same time")
     parser.add_argument("--threads", type=whole(1), help="of each run")
     parser.add_argument("--dry-run", action="store_true", help="list and count the runs")
-    parser.add_argument("--seconds-per-step", type=float, help="to estimate the time by")
+    parser.add_argument(
+        "--seconds-per-step", type=number(0, exclusive=True), help="to estimate the time by"
+    )
     parser.add_argument("--show", metavar="NAME", help="print the commands of one of the runs")
     return parser.parse_args(argv)
 
@@ -298,20 +369,19 @@ def planned(part: str, options: argparse.Namespace, grid: Grid) -> Iterator[Cell
         InputError: If it has no row that is asked for, or not the data sets.
     """
     rows = ROWS[part]
-    unknown = [name for name in options.rows or () if name not in rows]
-    if unknown:
-        raise InputError(f"--rows must be among {', '.join(rows)}, got {unknown[0]}")
     names = dict.fromkeys(data for data, _ in columns(part) if data in (options.sets or SET_OF))
     if not names:
         raise InputError(f"--sets must have one of {part}, got {' '.join(options.sets)}")
     sets = dict.fromkeys(SET_OF[name].archive for name in names)
-    for name in options.rows or rows:
-        row = rows[name]
+    for name, row in rows.items():
+        if options.rows and name not in options.rows:
+            continue
         for archive in sets:
             data = next(other for other in SETS if other.archive == archive)
             if row.options is None:  # any run has the scores of its model before training
                 baseline = next(other for other in rows.values() if other.options is not None)
-                yield cell(name, baseline, data, options, part, grid)._replace(trained=False)
+                one = argparse.Namespace(**vars(options) | {"seeds": 1})
+                yield cell(name, baseline, data, one, part, grid)._replace(trained=False)
             else:
                 yield cell(name, row, data, options, part, grid)
 

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         nargs="+",
         default=[],
         metavar="SHARE",
-        help="also the runs with weights that are by this share their own",
+        help="also the runs mixed with what they started from, with this share of their own",
     )
     parser.add_argument("--on", type=place, metavar="FOLDER", help="other data, with three tables")
     parser.add_argument("--prompts", choices=("boxes", "points"), help="other prompts than the run")
@@ -44,6 +44,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="a new folder for the scores")
     add_moved(parser, data=True)
     arguments = parser.parse_args(argv)
+    if any(share > 1 for share in arguments.average):
+        parser.error(f"--average must be from 0 to 1, got {max(arguments.average):g}")
+    if arguments.points is not None and arguments.prompts != "points":
+        parser.error("--points needs --prompts points")
+    moved = (arguments.moved_data, arguments.moved_images, arguments.moved_masks)
+    if arguments.on is not None and moved != (None, None, None):
+        parser.error("--on takes other data, so that --data, --images and --masks have no use")
     with plain_errors():
         from parts.evaluation.comparison import compare
 

@@ -220,12 +220,15 @@ def check_distillation(parser: argparse.ArgumentParser, options: argparse.Namesp
         "compression_weight": ("infosam",),
         "distillation_weight": ("infosam",),
         "without_regularization": ("infosam",),
-        "shuffled_teacher": tuple(other for other in DISTILLERS if other != "none"),
+        # Layers are collected before the embedding is shuffled.
+        "shuffled_teacher": tuple(n for n in DISTILLERS if n not in ("none", *WITH_LAYERS)),
     }
     for option, names in users.items():
         if name not in names and getattr(options, option) != parser.get_default(option):
             flag = option.replace("_", "-")
             parser.error(f"--{flag} needs --distiller {' or '.join(names)}, got {name}")
+    if options.shuffled_teacher and options.batch_size < 2:
+        parser.error("--shuffled-teacher needs a --batch-size of at least 2")
     if options.relation == "dot-product" and (options.relation_from or options.freeze_relation):
         parser.error("--relation dot-product has no weights to start from or to freeze")
     if options.without_regularization and options.compression_weight != 1.0:

@@ -96,7 +96,7 @@ def test_averaged_weights_are_those_between(trained) -> None:
 
 
 def test_layers_of_their_own_are_not_averaged(trained, capsys) -> None:
-    with pytest.raises(SystemExit, match="--average needs a method that adds no layers"):
+    with pytest.raises(SystemExit, match="--average needs a method that is merged"):
         evaluate.main([str(trained("sam2", "adapter")), "--average", "0.5"])
 
 

@@ -20,9 +20,11 @@ from parts.data.batches import MaskedImages, collate
 from parts.data.check import Report, read_data
 from parts.data.reading import reading_of
 from parts.data.tables import Row, Splits
+from parts.errors import InputError
 from parts.evaluation.metrics import image_scores
 from parts.evaluation.scores import predictions
 from parts.files import appearing, refuse_existing
+from parts.models.adaptation import NOT_MERGED
 from parts.options import TEST_TABLE, next_command
 from parts.runs.folder import check_digests, digest_of_data, places, read_options
 from parts.runs.trained import average, load_run
@@ -106,8 +108,14 @@ def models(arguments: argparse.Namespace) -> list[Asked]:
     averaged = [
         model._replace(name=f"{model.name} {share:g} averaged", share=share)
         for model in runs.values()
-        for share in arguments.average
+        for share in dict.fromkeys(arguments.average)
     ]
+    layered = [model for model in averaged if model.options.method in NOT_MERGED]
+    if layered:
+        raise InputError(
+            f"--average needs a method that is merged into the weights, such as lora or decoder; "
+            f"{layered[0].run} has {layered[0].options.method}"
+        )
     names = {model.name for model in runs.values()}
     for model in runs.values() if arguments.pretrained else ():
         name = f"{model.name} before"
@@ -222,7 +230,9 @@ def write(
     """Write all means and spreads to scores.json, and a line for each model and row to a table."""
     scores = {name: model.means for name, model in found.items()}
     spreads = {name: spread([scores[run] for run in runs]) for name, runs in seeds.items()}
-    result = {"split": arguments.split, "paper": arguments.paper, "runs": scores, "seeds": spreads}
+    asked = {name: getattr(arguments, name) for name in ("split", "paper", "prompts", "points")}
+    asked["on"] = None if arguments.on is None else str(arguments.on)
+    result = asked | {"runs": scores, "seeds": spreads}
     (folder / "scores.json").write_text(json.dumps(result, indent=2) + "\n")
     # Of a name that is no UTF-8, what cannot be written is written with escapes.
     unicode = {"encoding": "utf-8", "errors": "backslashreplace"}

@@ -91,17 +91,12 @@ def average(student: Segmenter, start: Segmenter, share: float) -> None:
     """Mix a trained student with the model that it was before, as WiSE-FT does.
 
     Args:
-        student: The student, from `load_run`. LoRA is merged into it.
+        student: The student, from `load_run`, whose method is merged into the weights.
         start: The same model before training.
         share: How much of the weights is the student's.
-
-    Raises:
-        InputError: If the student has layers that the model has not.
     """
     merge_lora(student.model)
     before = start.state_dict()
-    if before.keys() != student.state_dict().keys():
-        raise InputError("--average needs a method that adds no layers, such as lora or decoder")
     for name, value in student.state_dict().items():
         if value.is_floating_point():
             value.lerp_(before[name], 1 - share)
