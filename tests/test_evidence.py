@@ -96,6 +96,7 @@ def test_averaged_weights_are_arms_of_their_own() -> None:
 def test_the_report_is_written(tmp_path: Path, capsys) -> None:
     rows = compared({"a": 0.5, "b": 0.2}, 4, 1.0)
     rows += [made_up("infosam, weights 0.1 and 2", "a", seed, 0.5) for seed in range(3)]
+    rows += [made_up("L2-SP", "a", seed, 0.5) for seed in range(3)]
     rows += [made_up("plain", "a", 100, 0.0)]  # of the choice of learning rates
     write_table(tmp_path / "runs.csv", rows)
     report.main([str(tmp_path / "runs.csv"), "--output", str(tmp_path / "results")])

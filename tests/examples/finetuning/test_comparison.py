@@ -158,7 +158,8 @@ def retested(trained, data: Path, tmp_path: Path) -> Path:
 
 
 def asked(*runs: Path, **others: object) -> list[comparison.Asked]:
-    arguments = {"runs": list(runs), "test_table": None, "pretrained": False}
+    arguments = {"runs": list(runs), "pretrained": False, "average": []}
+    arguments |= dict.fromkeys(("test_table", "on", "prompts", "points"))
     return comparison.models(Namespace(**arguments | others))
 
 
