@@ -216,6 +216,7 @@ class Study:
         self.prompts: dict[str, tuple[str, ...]] = {}
         self.tables: dict[Path, Splits] = {}
         self.random_teacher = output / "random_teacher.safetensors"
+        self.reads_random_teacher = False
 
     def among(self, names: Sequence[str]) -> list[str]:
         """Return those of the named domains that are there, or all domains if none of them is."""
@@ -228,6 +229,7 @@ class Study:
         epochs = max(math.ceil(STEPS / per_epoch), 1 if images else 10)
         random = str(self.random_teacher)
         arguments = [random if value == "RANDOM" else value for value in arm.options]
+        self.reads_random_teacher |= random in arguments
         arguments += ["--model", "small", "--checkpoint", str(self.teacher)]
         arguments += ["--data", str(folder), "--seed", str(seed), "--lr", f"{rate:g}"]
         arguments += ["--epochs", str(epochs), "--batch-size", str(arm.batch)]
@@ -302,7 +304,7 @@ class Study:
         for folder, splits in self.tables.items():
             if not folder.exists():
                 write_tables(folder, splits)
-        if not self.random_teacher.exists():
+        if self.reads_random_teacher and not self.random_teacher.exists():
             write_random_teacher(self.random_teacher)
 
 
