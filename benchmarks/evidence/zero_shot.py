@@ -1,6 +1,6 @@
 """How good the teacher of the evidence is: on its source by size of mask, and on each domain.
 
-`python benchmarks/evidence/teacher.py --data data --teacher teacher/teacher.safetensors` prints
+`python benchmarks/evidence/zero_shot.py --data data --teacher teacher/teacher.safetensors` prints
 both tables, of the test splits and before any fine-tuning. The size of a mask is the shorter side
 of the box around it, in pixels of the picture.
 """
@@ -23,7 +23,7 @@ from torchvision.ops import masks_to_boxes
 from evidence import SOURCE, Study
 from parts.data.batches import MaskedImages, collate
 from parts.data.tables import read_tables
-from parts.errors import plain_errors
+from parts.errors import InputError, plain_errors
 from parts.evaluation.metrics import dice_and_iou
 from parts.evaluation.scores import predictions
 from parts.models.sam import build
@@ -69,8 +69,11 @@ def print_source(found: list[Score]) -> None:
     for low, high in pairwise(EDGES):
         inside = [score for score in found if low <= score.side < high]
         name = f"{low} to {high - 1} pixels" if high < EDGES[-1] else f"{low} pixels or more"
-        print(row(name, inside, prompts))
+        if inside:
+            print(row(name, inside, prompts))
     large = [score for score in found if score.side >= LEAST_SIDE]
+    if not large:
+        raise InputError(f"the source must have masks of {LEAST_SIDE} pixels, none is as large")
     print(row(f"{LEAST_SIDE} pixels or more", large, prompts))
     print(row("any size", found, prompts))
     above = mean(score.found["box"] - score.filled for score in large)
