@@ -9,6 +9,7 @@ remove its row, and its folder in `runs` if there is one.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
@@ -30,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "finetuning"))
 
 from parts.errors import InputError
 from parts.files import digest, locked, read_json, replace, replace_json
+from parts.options import number as from_options
+from parts.options import whole
 
 FINETUNING = Path(__file__).parents[1] / "examples" / "finetuning"
 MADE_OF = "made_of.json"
@@ -251,6 +254,16 @@ def in_order(runs: Sequence[Run], finished: Iterable[str]) -> Iterable[list[Run]
         yield ready
         done.update(run.name for run in ready)
         waiting = [run for run in waiting if run not in ready]
+
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """Add how many runs there are at a time, and what is only to be said of them."""
+    parser.add_argument("--jobs", type=whole(1), default=1, help="runs at the same time")
+    parser.add_argument("--threads", type=whole(1), help="of each run")
+    parser.add_argument("--dry-run", action="store_true", help="list and count the runs")
+    above_zero = from_options(0, exclusive=True)
+    parser.add_argument("--seconds-per-step", type=above_zero, help="to estimate the time by")
+    parser.add_argument("--show", metavar="NAME", help="print the commands of one of the runs")
 
 
 def digest_of_file(path: Path, option: str) -> str:

@@ -23,13 +23,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from grid import Evaluation, Grid, Run, digest_of_file, digest_of_tables, shown
+from grid import (
+    Evaluation,
+    Grid,
+    Run,
+    add_running,
+    digest_of_file,
+    digest_of_tables,
+    shown,
+)
 from grid import number as number_of
 from parts.data.reading import read_mask
 from parts.data.tables import Row, Splits, read_tables
 from parts.errors import InputError, plain_errors
 from parts.files import appearing
-from parts.options import DISTILLERS, SPLITS, WITH_LAYERS, number, place, whole
+from parts.options import DISTILLERS, SPLITS, WITH_LAYERS, place
 
 SOURCE = "general"
 IMAGES, BATCH, STEPS, VALIDATIONS = 24, 4, 300, 5
@@ -94,13 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--teacher", type=place, required=True, help="what pretrain.py has written")
     parser.add_argument("--output", type=place, required=True, help="the folder of all runs")
     parser.add_argument("--best", nargs=2, help="the two arms of the second tier for the third")
-    parser.add_argument("--jobs", type=whole(1), default=1, help="runs at the same time")
-    parser.add_argument("--threads", type=whole(1), help="of each run")
-    parser.add_argument("--dry-run", action="store_true", help="run nothing")
-    parser.add_argument(
-        "--seconds-per-step", type=number(0, exclusive=True), help="to estimate the time by"
-    )
-    parser.add_argument("--show", metavar="NAME", help="print the commands of one of the runs")
+    add_running(parser)
     options = parser.parse_args(argv)
     if (options.part == "third") != (options.best is not None):
         parser.error("--best is for the third tier, and it needs it")

@@ -44,7 +44,8 @@ from parts.errors import InputError, plain_errors
 from parts.evaluation.scores import evaluate
 from parts.files import locked
 from parts.models.sam import SegmentAnything
-from parts.models.small_sam import DIM, IMAGE_SIZE, build_small_sam
+from parts.models.small_sam import build_small_sam
+from parts.models.tiny_sam import DIM, IMAGE_SIZE
 from parts.options import number, place, whole
 from parts.training.loss import structure_loss
 

@@ -30,6 +30,7 @@ from grid import (
     Evaluation,
     Grid,
     Run,
+    add_running,
     digest_of_file,
     digest_of_tables,
     read_table,
@@ -38,7 +39,7 @@ from grid import (
 from parts.data.tables import read_tables
 from parts.errors import InputError, plain_errors
 from parts.files import replace
-from parts.options import number, parse_training, place, whole
+from parts.options import parse_training, place, whole
 
 FIGURES = Path(__file__).with_name("figures.csv")
 
@@ -330,13 +331,7 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", help="only these rows")
     parser.add_argument("--sets", nargs="+", choices=SET_OF, help="only these data sets")
     parser.add_argument("--seeds", type=whole(1), default=3, help="of each row")
-    parser.add_argument("--jobs", type=whole(1), default=1, help="runs at the same time")
-    parser.add_argument("--threads", type=whole(1), help="of each run")
-    parser.add_argument("--dry-run", action="store_true", help="list and count the runs")
-    parser.add_argument(
-        "--seconds-per-step", type=number(0, exclusive=True), help="to estimate the time by"
-    )
-    parser.add_argument("--show", metavar="NAME", help="print the commands of one of the runs")
+    add_running(parser)
     return parser.parse_args(argv)
 
 

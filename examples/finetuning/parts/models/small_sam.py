@@ -7,20 +7,15 @@ from functools import partial
 import timm
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling import (
-    ImageEncoderViT,
-    MaskDecoder,
-    PromptEncoder,
-    Sam,
-    TwoWayTransformer,
-)
+from segment_anything.modeling import ImageEncoderViT, Sam
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
-IMAGE_SIZE, PATCH_SIZE = 256, 8
+from parts.models.tiny_sam import DIM, IMAGE_SIZE, prompts_and_masks
+
+PATCH_SIZE = 8
 GRID = IMAGE_SIZE // PATCH_SIZE
 WIDTH = 192
-DIM = 64  # channels of image embedding and mask tokens, 256 in the released models
 
 
 class BackboneEmbedding(nn.Module):
@@ -71,17 +66,5 @@ def build_small_sam() -> Sam:
         global_attn_indexes=(1, 3),
     )
     encoder.patch_embed = BackboneEmbedding()
-    return Sam(
-        image_encoder=encoder,
-        prompt_encoder=PromptEncoder(
-            embed_dim=DIM,
-            image_embedding_size=(GRID, GRID),
-            input_image_size=(IMAGE_SIZE, IMAGE_SIZE),
-            mask_in_chans=16,
-        ),
-        mask_decoder=MaskDecoder(
-            transformer_dim=DIM,
-            transformer=TwoWayTransformer(depth=2, embedding_dim=DIM, mlp_dim=128, num_heads=4),
-            iou_head_hidden_dim=32,
-        ),
-    )
+    # The decoder is that of the tiny model, whose weights pre-training starts from.
+    return Sam(image_encoder=encoder, **prompts_and_masks(GRID))

@@ -35,18 +35,25 @@ def build_tiny_sam() -> Sam:
             window_size=8,
             global_attn_indexes=(1, 4),
         ),
-        prompt_encoder=PromptEncoder(
+        **prompts_and_masks(grid),
+    )
+
+
+def prompts_and_masks(grid: int) -> dict[str, nn.Module]:
+    """Return a prompt encoder and a mask decoder for an embedding of so many places a side."""
+    return {
+        "prompt_encoder": PromptEncoder(
             embed_dim=DIM,
             image_embedding_size=(grid, grid),
             input_image_size=(IMAGE_SIZE, IMAGE_SIZE),
             mask_in_chans=16,
         ),
-        mask_decoder=MaskDecoder(
+        "mask_decoder": MaskDecoder(
             transformer_dim=DIM,
             transformer=TwoWayTransformer(depth=2, embedding_dim=DIM, mlp_dim=128, num_heads=4),
             iou_head_hidden_dim=32,
         ),
-    )
+    }
 
 
 def predict(model: Sam, images: Tensor, boxes: Tensor) -> Tensor:
