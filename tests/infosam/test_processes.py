@@ -135,10 +135,13 @@ def test_a_lost_rank_is_an_error_on_the_others(kind) -> None:
             process.communicate()
 
 
-@over(
-    "kind, complaint",
-    [("differ", "`teacher_relation` must have samples of one shape and dtype on all ranks")],
-    slow=[("differ-in-alpha", "`alpha` and the other options must be the same on all ranks")],
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "complaint"),
+    [
+        ("differ", "`teacher_relation` must have samples of one shape and dtype on all ranks"),
+        ("differ-in-alpha", "`alpha` and the other options must be the same on all ranks"),
+    ],
 )
 def test_what_differs_on_a_rank_is_an_error_on_all(kind, complaint) -> None:
     messages = []
@@ -233,6 +236,7 @@ def test_a_file_holds_no_group(group) -> None:
         loaded.process_group = 3
 
 
+@pytest.mark.slow
 def test_compiled(group) -> None:
     alone, distiller = distillers(group)
     teacher, student = samples(3, 0), samples(3, 1)

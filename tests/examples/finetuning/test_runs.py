@@ -27,6 +27,7 @@ from finetuning_runs import (
     training_options,
     weights,
 )
+from grids import over
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -164,8 +165,8 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
     }
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError])
-@pytest.mark.parametrize("place", ["new", "new/inside/of/others", "empty"])
+@over("error", [KeyboardInterrupt, OSError], slow=[RuntimeError])
+@over("place", ["new/inside/of/others", "empty"], slow=["new"])
 def test_a_start_that_failed_leaves_nothing(
     place: str, error: type[BaseException], data: Path, tmp_path: Path, monkeypatch
 ) -> None:
