@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import grid
 import paper
@@ -302,3 +303,22 @@ def test_a_table_from_an_empty_folder_killed_and_resumed(tmp_path: Path, capsys)
     assert json.loads(next((tmp_path / "runs" / "scores").glob("*/leaf/scores.json")).read_text())[
         "paper"
     ]
+
+
+@pytest.mark.parametrize("figure", ["figure4", "figure6", "figure7"])
+def test_figures_are_drawn_from_the_rows(figure: str, tmp_path: Path, capsys) -> None:
+    given = ["--data", str(tmp_path), "--output", str(tmp_path), "--checkpoint", "weights.pth"]
+    options = paper.read_options([figure, *given, "--vit-l", "l.pth", "--vit-h", "h.pth"])
+    options.extra = ()
+    plan = [*paper.planned(figure, options, Grid(tmp_path))]
+    rows = {}
+    for number, run in enumerate(paper.ran(plan)):
+        scores = {f"{data}/{metric}": number for data, metric in paper.columns(figure)}
+        before = {key.replace("/", "/before/"): number for key in scores}
+        rows[run.name] = {
+            name: f"{0.3 + 0.001 * value:.3f}" for name, value in (scores | before).items()
+        }
+    paper.write(figure, plan, rows, tmp_path)
+    with Image.open(tmp_path / f"{figure}.png") as found:
+        assert min(found.size) > 300
+    assert f"**{figure}**" in capsys.readouterr().out

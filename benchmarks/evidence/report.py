@@ -286,7 +286,8 @@ def front(rows: Sequence[Cells], path: Path) -> None:
                 "s" if free else "o",
                 color="#d55e00" if free else "#0072b2",
             )
-            panel.annotate(arm, (values[kept].mean, values[TARGET].mean), fontsize=6)
+            place = values[kept].mean, values[TARGET].mean
+            panel.annotate(arm, place, (4, 3), textcoords="offset points", fontsize=6)
         panel.set_xlabel(f"{OUTCOMES[kept]}, points over plain")
     panels[0].set_ylabel("target IoU, points over plain")
     save(figure, path)

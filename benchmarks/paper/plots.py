@@ -15,6 +15,9 @@ import numpy as np
 Measured = Mapping[str, Mapping[tuple[str, str], Sequence[float]]]
 
 
+METRICS = {"iou": "IoU", "s_measure": "S-measure"}
+
+
 def draw(figure: str, found: Measured, path: Path) -> None:
     """Draw a figure from what was measured of each row, by data set and metric."""
     {"figure4": teachers, "figure6": weights, "figure7": boundaries}[figure](found, path)
@@ -48,7 +51,9 @@ def weights(found: Measured, path: Path) -> None:
                 grid[first.index(one), second.index(two)] = mean(found[name][key])
         panel.imshow(grid, origin="lower")
         for (i, j), value in np.ndenumerate(grid):
-            panel.text(j, i, f"{value:.1f}", ha="center", va="center", color="white")
+            dark = value < np.nanmean([np.nanmin(grid), np.nanmax(grid)])
+            colour = "white" if dark else "black"
+            panel.text(j, i, f"{value:.1f}", ha="center", va="center", color=colour)
         panel.set_xticks(range(len(second)), second)
         panel.set_yticks(range(len(first)), first)
         panel.set_xlabel("λ₂, of distillation")
@@ -68,7 +73,7 @@ def boundaries(found: Measured, path: Path) -> None:
     panel.set_xlabel("distance in pixels")
     panel.set_ylabel("boundary F1, %")
     panel.set_xticks(range(4))
-    panel.legend()
+    panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, path)
 
 
@@ -84,7 +89,7 @@ def error_of(values: Sequence[float]) -> float:
 
 def title(key: tuple[str, str]) -> str:
     """Return the heading of a panel."""
-    return f"{key[0]}, {key[1].replace('_', ' ')}, %"
+    return f"{key[0]}, {METRICS.get(key[1], key[1])}, %"
 
 
 def save(figure: plt.Figure, path: Path) -> None:
