@@ -24,18 +24,20 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "finetuning"))
 
+from parts.data.tables import read_tables
 from parts.errors import InputError
 from parts.files import digest, locked, read_json, replace, replace_json
-from parts.options import number as from_options
-from parts.options import whole
+from parts.options import number, whole
 
 FINETUNING = Path(__file__).parents[1] / "examples" / "finetuning"
 MADE_OF = "made_of.json"
+tables_of = cache(read_tables)  # many runs are planned on the same data set
 Cells = dict[str, str]  # of a row of the table, by the names of the columns
 
 
@@ -234,7 +236,7 @@ class Grid:
         timed = [row for row in self.rows().values() if row["seconds"]]
         if seconds_per_step is None and timed:
             seconds_per_step = mean(
-                number(row, "seconds", self.table) / number(row, "steps", self.table)
+                number_in(row, "seconds", self.table) / number_in(row, "steps", self.table)
                 for row in timed
             )
             text += f"; {seconds_per_step:.2f} s a step in {len(timed)} finished runs"
@@ -261,7 +263,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=whole(1), default=1, help="runs at the same time")
     parser.add_argument("--threads", type=whole(1), help="of each run")
     parser.add_argument("--dry-run", action="store_true", help="list and count the runs")
-    above_zero = from_options(0, exclusive=True)
+    above_zero = number(0, exclusive=True)
     parser.add_argument("--seconds-per-step", type=above_zero, help="to estimate the time by")
     parser.add_argument("--show", metavar="NAME", help="print the commands of one of the runs")
 
@@ -307,7 +309,7 @@ def read_table(path: Path) -> list[Cells]:
     return rows
 
 
-def number(row: Cells, column: str, table: Path | str) -> float:
+def number_in(row: Cells, column: str, table: Path | str) -> float:
     """Return a cell as a number.
 
     Raises:

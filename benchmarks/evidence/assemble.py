@@ -46,11 +46,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "finetuning"))
 
 from parts.errors import InputError, describe, first_line
 from parts.files import appearing, digest, refuse_existing
+from parts.options import SPLITS
 
 Mask = npt.NDArray[np.bool_]
 
 MANIFEST = Path(__file__).parent / "manifest"
-SPLITS = ("train", "val", "test")
 RUNS = ("split", "image", "image_sha256", "repository", "image_source", "mask_source")
 DIGITS, NAMED = 16, 5  # of a digest; of the files that differ
 

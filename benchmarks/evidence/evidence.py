@@ -30,11 +30,12 @@ from grid import (
     add_running,
     digest_of_file,
     digest_of_tables,
+    number_in,
     shown,
+    tables_of,
 )
-from grid import number as number_of
 from parts.data.reading import read_mask
-from parts.data.tables import Row, Splits, read_tables
+from parts.data.tables import Row, Splits
 from parts.errors import InputError, plain_errors
 from parts.files import appearing
 from parts.options import DISTILLERS, SPLITS, WITH_LAYERS, place
@@ -50,6 +51,7 @@ SHARES = ("0.5", "0.75")
 KEPT = 121  # pictures of the source
 INFORMING = 0.5  # a box that covers less of its image than this says where the object is
 PLAIN, INFOSAM = "plain", "infosam"
+WEIGHTED = "infosam, weights "  # what the names of arms with other weights start with
 TABLE = "runs.csv"
 PARTS = ("rates", "primary", "second", "third", "weights")
 
@@ -162,7 +164,7 @@ def asked(
         for first in WEIGHTS:
             for second in WEIGHTS:
                 weights = ("--compression-weight", first, "--distillation-weight", second)
-                arm = Arm(f"infosam, weights {first} and {second}", weights, INFOSAM)
+                arm = Arm(f"{WEIGHTED}{first} and {second}", weights, INFOSAM)
                 yield arm, study.among((WEIGHTS_DOMAIN,)), SECOND_SEEDS, IMAGES
     else:
         every = {arm.name: arm for arm in (*PRIMARY, *SECOND)}
@@ -181,7 +183,7 @@ def chosen_rates(rows: list[dict[str, str]], domains: Sequence[str]) -> dict[str
         InputError: If a run is missing.
     """
     found = {
-        (row["arm"], float(row["rate"]), row["domain"]): number_of(row, "validation_iou", TABLE)
+        (row["arm"], float(row["rate"]), row["domain"]): number_in(row, "validation_iou", TABLE)
         for row in rows
         if row.get("seed") == str(RATE_SEED)
     }
@@ -211,10 +213,7 @@ class Study:
 
     def __init__(self, data: Path, teacher: Path, output: Path) -> None:
         self.data, self.teacher, self.output = data, teacher, output
-        folders = sorted(path.parent.name for path in data.glob("*/train.csv"))
-        self.domains = [name for name in folders if name != SOURCE]
-        if SOURCE not in folders or not self.domains:
-            raise InputError(f"--data must have {SOURCE} and other folders with tables, got {data}")
+        self.domains = domains_of(data)
         self.prompts: dict[str, tuple[str, ...]] = {}
         self.tables: dict[Path, Splits] = {}
         self.random_teacher = output / "random_teacher.safetensors"
@@ -267,7 +266,7 @@ class Study:
     def prompts_of(self, domain: str) -> tuple[str, ...]:
         """Return how a domain is evaluated: by boxes if they inform, else by five points."""
         if domain not in self.prompts:
-            rows = read_tables(self.data / domain)["train"]
+            rows = tables_of(self.data / domain)["train"]
             covered = mean(share_of_box(row.label) for row in rows)
             points = ("--eval-prompts", "points", "--eval-points", "5")
             self.prompts[domain] = () if covered < INFORMING else points
@@ -275,7 +274,7 @@ class Study:
 
     def subset(self, domain: str, seed: int, images: int | None) -> tuple[Path, int]:
         """Return a folder with the tables of a seed's training images, and how many there are."""
-        splits = read_tables(self.data / domain)
+        splits = tables_of(self.data / domain).copy()
         if images is not None:
             if len(splits["train"]) < images:
                 count = len(splits["train"])
@@ -287,7 +286,7 @@ class Study:
 
     def kept(self) -> Path:
         """Return a folder with the tables of what students are asked to keep of the source."""
-        splits = read_tables(self.data / SOURCE)
+        splits = tables_of(self.data / SOURCE)
         pictures = {row.image: row for row in reversed(splits["test"])}
         first = [pictures[image] for image in dict.fromkeys(row.image for row in splits["test"])]
         few = {split: rows[:1] for split, rows in splits.items()}  # they are not used
@@ -308,6 +307,19 @@ class Study:
                 write_tables(folder, splits)
         if self.reads_random_teacher and not self.random_teacher.exists():
             write_random_teacher(self.random_teacher)
+
+
+def domains_of(data: Path) -> list[str]:
+    """Return the names of all data sets but the source.
+
+    Raises:
+        InputError: If there is none, or no source.
+    """
+    folders = sorted(path.parent.name for path in data.glob("*/train.csv"))
+    domains = [name for name in folders if name != SOURCE]
+    if SOURCE not in folders or not domains:
+        raise InputError(f"--data must have {SOURCE} and other folders with tables, got {data}")
+    return domains
 
 
 def drawn(rows: list[Row], seed: int, count: int) -> list[Row]:

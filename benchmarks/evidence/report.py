@@ -25,14 +25,22 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "paper"))
 
-from grid import Cells, number, read_table
+from evidence import (
+    INFOSAM,
+    PLAIN,
+    PRIMARY_SEEDS,
+    RATE_SEED,
+    SECOND_SEEDS,
+    SHARES,
+    WEIGHTED,
+)
+from grid import Cells, number_in, read_table
 from parts.errors import InputError, plain_errors
 from parts.files import appearing
 from plots import draw
 
 RESAMPLES = 10_000
 LEAST_EFFECT = 0.3  # points of IoU
-PLAIN, INFOSAM = "plain", "infosam"
 TARGET, BOX, POINT = "target/iou", "source_box/iou", "source_point/iou"
 BOUNDARY = "target/boundary_f1_2"
 OUTCOMES = {
@@ -43,9 +51,6 @@ OUTCOMES = {
 }
 # What an arm is compared with: the same student and batch without a distiller.
 BASELINES = {"infosam, batch 16": "plain, batch 16", "infosam, adapter": "plain, adapter"}
-WEIGHTS = "infosam, weights "  # what the names of arms with other weights start with
-RATE_SEED = "100"
-PRIMARY_SEEDS, SECOND_SEEDS = 20, range(3)
 FEW_SEEDS = (
     "So few seeds make the intervals too narrow: of simulated ones with three domains and three "
     "seeds, 85 % held the true mean, where 95 % should."
@@ -94,7 +99,7 @@ def read_runs(path: Path) -> list[Cells]:
     rows = read_table(path)
     if not rows or not {"arm", "domain", "seed", "images"} <= rows[0].keys():
         raise InputError(f"{path} must be the runs.csv of evidence.py, with a run at least")
-    rows = [row for row in rows if row["seed"] != RATE_SEED]
+    rows = [row for row in rows if row["seed"] != str(RATE_SEED)]
     keys = [tuple(row[name] for name in ("arm", "domain", "seed", "images")) for row in rows]
     twice = [key for key, count in Counter(keys).items() if count > 1]
     if twice:
@@ -111,7 +116,7 @@ def second_tier(rows: Sequence[Cells]) -> list[Cells]:
     """Return the runs of the seeds and domains on which all arms are compared."""
     few = few_images(rows)
     others = [row for row in few if row["arm"] not in (PLAIN, INFOSAM)]
-    domains = {row["domain"] for row in others if WEIGHTS not in row["arm"]}
+    domains = {row["domain"] for row in others if WEIGHTED not in row["arm"]}
     return [row for row in few if int(row["seed"]) in SECOND_SEEDS and row["domain"] in domains]
 
 
@@ -121,7 +126,7 @@ def scores_of(rows: Sequence[Cells], arm: str, outcome: str) -> Scores:
     test, metric = outcome.split("/")
     column = f"{test}/{share} averaged/{metric}" if share else outcome
     return {
-        (row["domain"], row["seed"]): 100 * number(row, column, "the table")
+        (row["domain"], row["seed"]): 100 * number_in(row, column, "the table")
         for row in rows
         if row["arm"] == name and row.get(column)
     }
@@ -171,7 +176,7 @@ def primary(rows: Sequence[Cells]) -> str:
     if not all(every.values()):
         return ""
     whole = effect(target)
-    planned = PRIMARY_SEEDS * len({row["domain"] for row in rows if row["arm"] == PLAIN})
+    planned = len(PRIMARY_SEEDS) * len({row["domain"] for row in rows if row["arm"] == PLAIN})
     is_whole = whole.pairs == planned
     state = verdict(whole) if is_whole else f"incomplete, {whole.pairs} of {planned} pairs"
     lines = [f"## The primary comparison: {state}", ""]
@@ -207,11 +212,11 @@ def interval(found: Effect) -> str:
 
 def arms_of(rows: Sequence[Cells]) -> list[str]:
     """Return the arms that can be compared, those with averaged weights among them."""
-    names = [name for name in dict.fromkeys(row["arm"] for row in rows) if WEIGHTS not in name]
+    names = [name for name in dict.fromkeys(row["arm"] for row in rows) if WEIGHTED not in name]
     averaged = [
         f"{name} at {share}"
         for name in (PLAIN, INFOSAM)
-        for share in ("0.5", "0.75")
+        for share in SHARES
         if scores_of(rows, f"{name} at {share}", TARGET)
     ]
     others = [name for name in (*names, *averaged) if name not in (PLAIN, *BASELINES.values())]
@@ -297,10 +302,10 @@ def weights(rows: Sequence[Cells], path: Path) -> None:
     """Draw the scores over both weights of the loss."""
     found: dict[str, Mapping[tuple[str, str], Sequence[float]]] = {}
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        scores = scores_of(rows, arm, TARGET) if WEIGHTS in arm else {}
+        scores = scores_of(rows, arm, TARGET) if WEIGHTED in arm else {}
         if scores:
             domain = next(iter(scores))[0]
-            name = arm.removeprefix(WEIGHTS).replace(" and ", ", ")
+            name = arm.removeprefix(WEIGHTED).replace(" and ", ", ")
             found[name] = {(domain, "iou"): [*scores.values()]}
     if found:
         draw("figure6", found, path)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from torch.utils.data import DataLoader
 from torchvision.ops import masks_to_boxes
 
-from evidence import SOURCE, Study
+from evidence import SOURCE, domains_of
 from parts.data.batches import MaskedImages, collate
 from parts.data.tables import read_tables
 from parts.errors import InputError, plain_errors
@@ -50,12 +50,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--teacher", type=place, required=True, help="what pretrain.py has written")
     options = parser.parse_args(argv)
     with plain_errors():
-        study = Study(options.data, options.teacher, options.data)
+        domains = domains_of(options.data)
         model = build("small", options.teacher).eval()
         print_source(scores(model, options.data / SOURCE, {"box": 0, "point": 1}))
         print("\n| domain | masks | filled box | box | one point | five points |")
         print("|---|---|---|---|---|---|")
-        for domain in study.domains:
+        for domain in domains:
             prompts = {"box": 0, "point": 1, "points": 5}
             found = scores(model, options.data / domain, prompts)
             print(row(domain, found, prompts))

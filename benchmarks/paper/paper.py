@@ -35,8 +35,8 @@ from grid import (
     digest_of_tables,
     read_table,
     shown,
+    tables_of,
 )
-from parts.data.tables import read_tables
 from parts.errors import InputError, plain_errors
 from parts.files import replace
 from parts.options import parse_training, place, whole
@@ -253,12 +253,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise InputError(f"--show must be one of {', '.join(runs)}, got {options.show}")
             print("\n".join(map(shown, grid.commands(runs[options.show]))))
             return
-        grid.check(made_of([*runs.values()], options, must_exist=False))
+        read = made_of([*runs.values()], options, must_exist=not options.dry_run)
+        grid.check(read)
         print(grid.plan([*runs.values()], options.jobs, options.seconds_per_step))
         if options.dry_run:
             print("\n".join(runs))
             return
-        read = made_of([*runs.values()], options, must_exist=True)
         try:
             grid.run_missing([*runs.values()], options.jobs, read)
         finally:  # of what there is
@@ -454,7 +454,7 @@ def images_of(data: DataSet, folder: Path) -> int:
     archive = folder / data.archive
     if not (archive / "train.csv").exists():
         return data.images
-    return len(read_tables(archive, next(iter(data.tests.values())))["train"])
+    return len(tables_of(archive, next(iter(data.tests.values())))["train"])
 
 
 def columns(part: str) -> list[tuple[str, str]]:
