@@ -1,6 +1,5 @@
 """Derivatives of the loss beyond a gradient backwards, and relations whose layers were changed."""
 
-import contextlib
 import copy
 
 import pytest
@@ -83,7 +82,9 @@ def test_transforms_of_torch_func(relation, alpha, trains_relation):
 
 
 def test_compiled_forward_mode_is_right():
-    distiller = make_distiller("raw")
+    # Without layer norms. Where PyTorch fails to trace their forward mode, the traceback keeps
+    # guards of its dispatcher alive, and when they go, autograd is off for the tests that follow.
+    distiller = make_distiller("dot product")
     of_student = gradients(distiller)[:2]
     expected = sum((g * t).sum() for g, t in zip(of_student, TANGENT, strict=True))
 
@@ -91,10 +92,8 @@ def test_compiled_forward_mode_is_right():
         return torch.func.jvp(lambda *x: distiller(TEACHER, x), student, TANGENT)[1]
 
     torch._dynamo.reset()
-    # PyTorch's own tracing of forward mode fails at times, loudly: an assertion of its own.
-    with contextlib.suppress(RuntimeError):
-        found = torch.compile(slope, backend="aot_eager")(*STUDENT)
-        torch.testing.assert_close(found, expected)
+    found = torch.compile(slope, backend="aot_eager", fullgraph=True)(*STUDENT)
+    torch.testing.assert_close(found, expected)
     torch._dynamo.reset()
 
 
