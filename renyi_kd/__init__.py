@@ -38,6 +38,8 @@ from renyi_kd.information import (
     silverman_bandwidth,
 )
 from renyi_kd.infosam import (
+    DistilledModel,
+    DistilledOutput,
     DotProductRelation,
     FeatureCollector,
     Features,
@@ -55,6 +57,8 @@ if find_spec("triton") is not None:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DistilledModel",
+    "DistilledOutput",
     "DotProductRelation",
     "Estimate",
     "FeatureCollector",

@@ -153,11 +153,19 @@ class FeatureCollector:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Collect nothing in this block, for instance while the model is evaluated."""
-        self._pauses += 1
+        self.pause()
         try:
             yield
         finally:
-            self._pauses -= 1
+            self.resume()
+
+    def pause(self) -> None:
+        """Collect nothing until `resume` has been called as often."""
+        self._pauses += 1
+
+    def resume(self) -> None:
+        """Undo one `pause`."""
+        self._pauses -= 1
 
     def pop(self, image_embedding: Tensor | None = None) -> Features:
         """Return all that was collected since the last `pop`, as one batch, and forget it.
