@@ -1,8 +1,8 @@
 """The InfoSAM loss: it compares the relations of teacher and student.
 
 From `information`, the other half of the library, it takes entropies and inner products alone. Its
-files, each of which imports only those before it: operators (fast forms), features, relation,
-processes, terms, distiller, distilled_model.
+files, each of which imports only those before it: operators (fast forms), recognition, features,
+relation, processes, terms, distiller, distilled_model.
 """
 
 from torch.serialization import add_safe_globals

@@ -1,16 +1,25 @@
-"""The features that InfoSAM compares (Fig. 2), and hooks that collect them from an unedited SAM."""
+"""The features that InfoSAM compares (Fig. 2), and hooks that collect them from unedited models."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, NamedTuple, TypeAlias, get_args
 from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from renyi_kd._checks import check_choice, check_floating, check_integer
+from renyi_kd.infosam.recognition import (
+    Tokens,
+    described,
+    image_embedding_of,
+    mask_tokens_of,
+    modules_named,
+    recognise,
+)
 
-Tokens: TypeAlias = Literal["single", "all"]
+Named: TypeAlias = str | tuple[str, Callable[[Any], Tensor]]
 
 
 class Features(NamedTuple):
@@ -31,14 +40,18 @@ class Features(NamedTuple):
 
 
 class FeatureCollector:
-    """Collects the `Features` of a SAM while it runs, by hooks on the unedited model.
+    """Collects the `Features` of a model while it runs, by hooks on the unedited model.
 
-    The model is, or contains, segment_anything's `Sam`, sam2's `SAM2Base`, or transformers'
-    `SamModel` or `Sam2Model`. It is recognised by its parts, so that subclasses serve as well, and
-    models wrapped by peft or `DistributedDataParallel`. If it contains several, the first is taken.
+    The model is, or contains, a SAM: segment_anything's `Sam` and what has its parts, such as
+    HQ-SAM; sam2's `SAM2Base`; sam3's tracker; or transformers' `SamModel`, `SamHQModel`,
+    `Sam2Model`, `EdgeTamModel` or `Sam3TrackerModel`. It is recognised by its parts, so that
+    subclasses serve as well, and models wrapped by peft or `DistributedDataParallel`. If it
+    contains several, the first is taken. Of any other model, name the modules that give image
+    embedding and mask tokens.
 
     Passes add up until `pop`. They may be over single images or over batches, and the encoder may
-    run over a batch and the decoder image by image.
+    run over a batch and the decoder image by image. Where an image has several prompts, each of
+    them is a sample with the embedding of its image, image by image.
 
     Each pass of the decoder is matched with an image embedding. If it was given an output of the
     image encoder, or a view of one, that is its embedding. Teacher and student can therefore share
@@ -48,16 +61,32 @@ class FeatureCollector:
     sam2, which adds a constant to the embedding first, and after a cast or a copy. Then decode all
     that the encoder gave, in order, before it runs again, be it for the teacher or the student.
 
+    Where modules are named, a pass is a call of `model` itself, and what they give outside of one
+    is not collected. A module may run several times in it, as a norm does that all layers of a
+    decoder share: the last time counts, which is what the heads of the model read.
+
     Args:
-        model: the SAM. Copies of it that are made later are not collected from.
-        tokens: `"single"` for the single-mask output token, N = 1; `"all"` for every mask token.
+        model: the model. Copies of it that are made later are not collected from.
+        image_embedding: for a model that is not recognised, the name of the module that returns
+            the image embedding, of shape `(B, D, H, W)`, `(B, H, W, D)` or `(B, P, D)`. It is a
+            name of `model.named_modules()`, of which the beginning may be left out if the rest is
+            unique, and so may the parts `original_module` and `modules_to_save.<adapter>` of peft.
+            If the module returns something else, give a pair of its name and a function that makes
+            the embedding of it.
+        mask_tokens: in the same way, the module that returns the tokens, `(B, N, D)` or `(B, D)`.
+            Give both or neither.
+        tokens: of a SAM, `"single"` for the output token of the single mask, N = 1, which of
+            HQ-SAM is its own token; `"all"` for every mask token.
         max_samples: how many samples are held at most.
 
     Raises:
-        TypeError: `model` is not, and does not contain, a SAM. While collecting: the image encoder
-            returns something in which the image embedding cannot be told.
-        ValueError: an unknown `tokens`, or `max_samples` < 1. While collecting: a decoder pass with
-            several prompts an image, which also empties the collector.
+        TypeError: `model` is not, and does not contain, a SAM, and no modules are named. While
+            collecting: a module returns something in which image embedding or mask tokens cannot be
+            told.
+        ValueError: only one of `image_embedding` and `mask_tokens`, a name that no module or more
+            than one has, an unknown `tokens`, or `max_samples` < 1. While collecting: it cannot be
+            told which prompt is of which image, which also empties the collector; or named modules
+            that return different numbers of rows.
         RuntimeError: while collecting: more than `max_samples` samples with gradients since the
             last `pop`.
 
@@ -75,8 +104,10 @@ class FeatureCollector:
         change no output and never wait for the device. Copies of the model, by `copy.deepcopy`,
         `pickle` or `torch.save`, have hooks that do nothing.
 
-        The image encoder may run under activation checkpointing, the mask decoder may not. The
-        image embedding of transformers' `Sam2Model` includes the no-memory embedding.
+        The image encoder may run under activation checkpointing, and so may named modules, but
+        neither the mask decoder nor the whole model. Where the embedding is taken from what the
+        decoder is given, it includes the no-memory embedding. That is so for `Sam2Model`,
+        `EdgeTamModel` and `Sam3TrackerModel` of transformers, and for sam3's tracker.
 
     Example:
         A training loop, in which `segment` runs encoder and decoder of a model::
@@ -92,42 +123,70 @@ class FeatureCollector:
                     loss = loss + distiller(from_teacher.pop(), from_student.pop())
                     ...
 
-        Anything but a SAM is refused:
+        Any other model, by the names of its modules:
 
         >>> import torch
         >>> from renyi_kd import FeatureCollector
-        >>> FeatureCollector(torch.nn.Linear(2, 2))  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        TypeError: `model` must be or contain a SAM, got Linear. Looked for ...
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4, 4), torch.nn.Flatten(2))
+        >>> tokens = "1", lambda output: output.mean(2)  # (B, D, P) to (B, D)
+        >>> with FeatureCollector(model, image_embedding="0", mask_tokens=tokens) as collector:
+        ...     output = model(torch.zeros(2, 3, 16, 16))
+        >>> [tuple(feature.shape) for feature in collector.pop()]
+        [(2, 8, 4, 4), (2, 8)]
     """
 
     def __init__(
-        self, model: nn.Module, *, tokens: Tokens = "single", max_samples: int = 256
+        self,
+        model: nn.Module,
+        *,
+        image_embedding: Named | None = None,
+        mask_tokens: Named | None = None,
+        tokens: Tokens = "single",
+        max_samples: int = 256,
     ) -> None:
         check_choice("tokens", tokens, get_args(Tokens))
         self._max_samples = check_integer("max_samples", max_samples, minimum=1)
-        family, encoder, decoder = _recognise(model)
-        # The decoder's output tokens are, in this order: object score (in SAM2 alone), IoU, single
-        # mask, and the further masks.
-        first = 1 + hasattr(decoder, "obj_score_token")
-        count = 1 if tokens == "single" else decoder.num_mask_tokens
-        self._mask_tokens = slice(first, first + count)
-        self._given_to_decoder = family.given_to_decoder
+        if (image_embedding is None) != (mask_tokens is None):
+            raise ValueError(
+                "`image_embedding` and `mask_tokens` must be given both or neither, got "
+                f"{image_embedding!r} and {mask_tokens!r}. Without them the model must be a SAM."
+            )
         self._pauses = 0
         self._batch = 0  # the number of samples of the batch that was popped last
+        self._named: dict[str, Named] = {}
         self.clear()
+        if image_embedding is None or mask_tokens is None:
+            self._handles = self._hooks_of_sam(model, tokens)
+        else:
+            self._named = {"image_embedding": image_embedding, "mask_tokens": mask_tokens}
+            self._handles = self._hooks_of_named(model)
+        _open.add(self)
 
+    def _hooks_of_sam(self, model: nn.Module, tokens: Tokens) -> list[RemovableHandle]:
+        self._family, encoder, decoder = recognise(model)
+        self._mask_tokens = mask_tokens_of(decoder, tokens)
         before, after = _Hook(self, "_before_decoder"), _Hook(self, "_after_transformer")
-        self._handles = [decoder.register_forward_pre_hook(before, with_kwargs=True)]
-        if not self._given_to_decoder:
-            encoded = _Hook(self, "_after_encoder")
-            self._handles.append(encoder.register_forward_hook(encoded))
+        handles = [decoder.register_forward_pre_hook(before, with_kwargs=True)]
+        if not self._family.given_to_decoder:
+            handles.append(encoder.register_forward_hook(_Hook(self, "_after_encoder")))
         # peft's `modules_to_save` keeps the frozen decoder beside the trained one, so that there
         # may be two transformers.
         for name, module in decoder.named_modules():
             if name.split(".")[-1] == "transformer":
-                self._handles.append(module.register_forward_hook(after))
-        _open.add(self)
+                handles.append(module.register_forward_hook(after))
+        return handles
+
+    def _hooks_of_named(self, model: nn.Module) -> list[RemovableHandle]:
+        found = [
+            (module, _Hook(self, f"_after_{half}"))
+            for half, named in self._named.items()
+            for module in modules_named(model, half, named if isinstance(named, str) else named[0])
+        ]
+        return [
+            model.register_forward_pre_hook(_Hook(self, "_before_call")),
+            *(module.register_forward_hook(hook) for module, hook in found),
+            model.register_forward_hook(_Hook(self, "_after_call")),
+        ]
 
     def __enter__(self) -> "FeatureCollector":
         return self
@@ -146,6 +205,7 @@ class FeatureCollector:
         self._encoded: list[Tensor] = []  # outputs of the encoder
         self._taken = 0  # how many rows of the latest one have been matched
         self._given: Tensor | None = None  # what the decoder that is running was given
+        self._outputs: dict[str, Any] | None = None  # of named modules, in a call of the model
         self._passes: list[_Pass] = []
         self._forgotten = 0  # how many samples were too many to hold
         self._evaluated: _Evaluation | None = None
@@ -186,21 +246,23 @@ class FeatureCollector:
                 is stays collected, unless some passes of the decoder had an image embedding and
                 others had none.
             TypeError: `image_embedding` is not a floating-point tensor.
-            ValueError: a pass without gradients had several prompts an image, or `image_embedding`
-                has not one row for each sample. All stays collected.
+            ValueError: of a pass without gradients it cannot be told which prompt is of which
+                image, or `image_embedding` has not one row for each sample. All stays collected.
         """
         passes = self._passes_of_the_batch()
         samples = sum(len(each.tokens) for each in passes)
-        matched = [each.embedding for each in passes if each.embedding is not None]
+        matched = [each for each in passes if each.embedding is not None]
         missing = {}
         if image_embedding is None and not self._encoded and not matched:
             missing["image embedding"] = "run the image encoder or pass image_embedding=... to pop"
         if not passes:
             missing["mask tokens"] = "run the mask decoder"
+        if missing and self._named:
+            missing = dict.fromkeys(missing, "call the very module that FeatureCollector was given")
         if missing:
             raise RuntimeError(
                 f"No {' and no '.join(missing)} collected since the last pop: "
-                f"{' and '.join(missing.values())}."
+                f"{' and '.join(dict.fromkeys(missing.values()))}."
             )
         for each in passes:
             if each.problem is not None and image_embedding is None:
@@ -220,8 +282,10 @@ class FeatureCollector:
                     f"tokens, got {tuple(image_embedding.shape)}. A sample is one image with one "
                     f"prompt: repeat the embedding of an image that has several. {EVALUATED}"
                 )
-            matched = [image_embedding]
-        features = Features(_concatenate(matched), _concatenate([p.tokens for p in passes]))
+            embeddings = [image_embedding]
+        else:
+            embeddings = [each.embedding_of_each_sample() for each in matched]
+        features = Features(_concatenate(embeddings), _concatenate([p.tokens for p in passes]))
         self.clear()
         self._batch = samples
         return features
@@ -254,7 +318,10 @@ class FeatureCollector:
         return passes
 
     def _after_encoder(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._encoded.append(_image_embedding(output))
+        self._keep_encoded(image_embedding_of(output))
+
+    def _keep_encoded(self, embedding: Tensor) -> None:
+        self._encoded.append(embedding)
         self._taken = 0
         while len(self._encoded) > 1 and sum(map(len, self._encoded)) > self._max_samples:
             del self._encoded[0]
@@ -263,30 +330,73 @@ class FeatureCollector:
         self._given = kwargs.get("image_embeddings", args[0] if args else None)
 
     def _after_transformer(self, module: nn.Module, args: Any, output: Any) -> None:
-        hidden = output[0]  # (B, T, D), but (B, prompts, T, D) in transformers
-        if hidden.ndim == 3:
-            hidden = hidden.unsqueeze(1)
-        samples, prompts = hidden.shape[:2]
+        hidden = output[0]  # (samples, T, D), but (images, prompts, T, D) in transformers
+        tokens = hidden[..., self._mask_tokens, :].flatten(0, -3)
+        images = len(hidden) if hidden.ndim == 4 else self._images(len(hidden))
         left = self._rows_left()
-        embedding = self._match(samples)
-        images = samples if embedding is None else len(embedding)
+        embedding = self._match(images)
+        rows = images if embedding is None else len(embedding)
         problem = None
         if left == 0 and embedding is None and hidden.requires_grad:
             problem = (
                 "All image embeddings of the encoder's latest pass have been decoded. Decode each "
                 "once, or give the decoder the encoder's output itself and not a copy of it."
             )
-        elif prompts != 1 or images != samples:
+        # A decoder repeats a single embedding for all prompts. How it repeats several is not known.
+        elif rows != images or images not in (1, len(hidden)):
             problem = (
-                f"A collected decoder pass must hold one prompt an image, got {samples * prompts} "
-                f"prompts for {images} image embeddings. Decode prompt by prompt, or repeat the "
-                f"embedding of an image for each of its prompts; evaluate in collector.paused()."
+                f"A collected decoder pass had {len(tokens)} prompts for {rows} image embeddings, "
+                f"and it cannot be told which prompt is of which image. Give the decoder the image "
+                f"encoder's output itself, or a view of it, and not a copy, or decode image by "
+                f"image. Evaluate in collector.paused()."
             )
         if problem is not None and hidden.requires_grad:
             self.clear()
             raise ValueError(problem)
         rank = hidden.requires_grad, module.training
-        self._hold(_Pass(hidden[:, 0, self._mask_tokens], embedding, rank, problem))
+        self._hold(_Pass(tokens, embedding, rank, problem))
+
+    def _before_call(self, module: nn.Module, args: Any) -> None:
+        self._outputs = {}
+
+    def _after_image_embedding(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._outputs is not None:
+            self._outputs["image_embedding"] = output
+
+    def _after_mask_tokens(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._outputs is not None:
+            self._outputs["mask_tokens"] = output
+
+    def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
+        outputs, self._outputs = self._outputs or {}, None
+        found = {half: self._read(half, output) for half, output in outputs.items()}
+        embedding, tokens = found.get("image_embedding"), found.get("mask_tokens")
+        if tokens is None:
+            if embedding is not None:
+                self._keep_encoded(embedding)
+            return
+        if embedding is not None and len(embedding) != len(tokens):
+            raise ValueError(
+                f"`image_embedding` and `mask_tokens` must have as many rows, one a sample, got "
+                f"{tuple(embedding.shape)} and {tuple(tokens.shape)}. Repeat the embedding of an "
+                f"image that has several prompts, by image_embedding=(name, function)."
+            )
+        self._hold(_Pass(tokens, embedding, (tokens.requires_grad, module.training), None))
+
+    def _read(self, half: str, output: Any) -> Tensor:
+        """Return the image embedding or the mask tokens that a named module has returned."""
+        named = self._named[half]
+        name, function = (named, None) if isinstance(named, str) else named
+        value = output if function is None else function(output)
+        words, ranks = SHAPES[half]
+        if not (isinstance(value, Tensor) and value.is_floating_point() and value.ndim in ranks):
+            what = "the module" if function is None else "the function of the output of"
+            raise TypeError(
+                f"`{half}`: {what} {name} must return a tensor of floating point of shape {words}, "
+                f"got {described(value)}. Give {half}=({name!r}, function) with a function that "
+                f"makes it of the module's output."
+            )
+        return value
 
     def _hold(self, latest: "_Pass") -> None:
         """Keep a pass, unless it turns out that it, or what is held, is part of an evaluation."""
@@ -315,13 +425,24 @@ class FeatureCollector:
         """Return how many rows of the encoder's latest output are not matched; None without one."""
         return len(self._encoded[-1]) - self._taken if self._encoded else None
 
-    def _match(self, samples: int) -> Tensor | None:
+    def _images(self, prompts: int) -> int:
+        """Return how many images the decoder pass is over that is running."""
+        given = self._given
+        if given is not None and (self._family.takes_batches or self._is_of_the_encoder(given)):
+            return len(given)
+        return prompts
+
+    def _is_of_the_encoder(self, given: Tensor) -> bool:
+        """Return whether what the decoder was given is an output of the encoder, or a view."""
+        return any(_same_storage(given, encoded) for encoded in self._encoded)
+
+    def _match(self, images: int) -> Tensor | None:
         """Return the embedding of the decoder pass that is running; None if there is none."""
         given = self._given
-        if self._given_to_decoder:
+        if self._family.given_to_decoder:
             return given
         latest = self._encoded[-1] if self._encoded else None
-        if given is not None and any(_same_storage(given, e) for e in self._encoded):
+        if given is not None and self._is_of_the_encoder(given):
             if latest is not None and _same_storage(given, latest):
                 ahead = int(given.storage_offset()) - int(latest.storage_offset())
                 row = ahead // max(1, int(latest.stride(0)))
@@ -330,9 +451,9 @@ class FeatureCollector:
         if latest is None or self._taken >= len(latest):
             return None
         # If all rows are taken they are not sliced, since the backward pass of a slice is a copy.
-        rows = slice(self._taken, self._taken + samples)
-        whole = self._taken == 0 and len(latest) <= samples
-        self._taken += samples
+        rows = slice(self._taken, self._taken + images)
+        whole = self._taken == 0 and len(latest) <= images
+        self._taken += images
         return latest if whole else latest[rows]
 
 
@@ -340,6 +461,11 @@ EVALUATED = (
     "Was a model evaluated inside of the block? Put that into `with collector.paused():`, for both "
     "collectors, or call collector.clear() after it."
 )
+
+SHAPES = {
+    "image_embedding": ("(B, D, H, W), (B, H, W, D) or (B, P, D)", (3, 4)),
+    "mask_tokens": ("(B, N, D) or (B, D)", (2, 3)),
+}
 
 _open: "WeakSet[FeatureCollector]" = WeakSet()
 
@@ -349,10 +475,18 @@ class _Pass(NamedTuple):
 
     tokens: Tensor
     embedding: Tensor | None
+    """A row for each image, each of which has as many prompts."""
     rank: tuple[bool, bool]
     """Whether it has gradients, and whether the model was in training mode."""
     problem: str | None
     """Why it cannot be a pass of training, if it cannot."""
+
+    def embedding_of_each_sample(self) -> Tensor:
+        """Return the embeddings with those of images repeated that have several prompts."""
+        assert self.embedding is not None
+        if len(self.embedding) == len(self.tokens):
+            return self.embedding
+        return self.embedding.repeat_interleave(len(self.tokens) // len(self.embedding), 0)
 
 
 class _Evaluation(NamedTuple):
@@ -386,83 +520,6 @@ class _Hook:
 
     def __reduce__(self) -> tuple[type["_Hook"], tuple[()]]:
         return _Hook, ()
-
-
-class _Family(NamedTuple):
-    """A kind of SAM and the parts by which it is recognised."""
-
-    name: str
-    encoder: str
-    decoder: str
-    decoder_parts: tuple[str, ...] = ("transformer", "num_mask_tokens")
-    given_to_decoder: bool = False
-    """Whether the image embedding is what the decoder is given, not what the encoder returns."""
-
-
-_FAMILIES = (
-    _Family("segment_anything's Sam", "image_encoder", "mask_decoder"),
-    _Family("sam2's SAM2Base", "image_encoder", "sam_mask_decoder"),
-    _Family(
-        "transformers' Sam2Model",
-        "vision_encoder",
-        "mask_decoder",
-        ("transformer", "num_mask_tokens", "obj_score_token"),
-        given_to_decoder=True,
-    ),
-    _Family("transformers' SamModel", "vision_encoder", "mask_decoder"),
-)
-
-
-def _recognise(model: object) -> tuple[_Family, nn.Module, Any]:
-    """Return the family of the first SAM in `model`, its image encoder and its mask decoder."""
-    for module in model.modules() if isinstance(model, nn.Module) else ():
-        for family in _FAMILIES:
-            encoder = getattr(module, family.encoder, None)
-            decoder = getattr(module, family.decoder, None)
-            if encoder is not None and all(hasattr(decoder, part) for part in family.decoder_parts):
-                return family, encoder, decoder
-    looked_for = "; ".join(
-        f"{family.name} ({family.encoder}, {family.decoder} with {', '.join(family.decoder_parts)})"
-        for family in _FAMILIES
-    )
-    raise TypeError(
-        f"`model` must be or contain a SAM, got {type(model).__name__}. Looked for {looked_for}."
-    )
-
-
-def _image_embedding(output: object) -> Tensor:
-    """Return the image embedding that an encoder's output is, or that it has as its only map.
-
-    Raises:
-        TypeError: there is none, or there are several.
-    """
-    if isinstance(output, Mapping):
-        named = output.get("vision_features", None)  # of sam2, which has others beside it
-        parts = [*output.values()] if named is None else [named]
-    else:
-        parts = [*output] if isinstance(output, (tuple, list)) else [output]
-    maps = [part for part in parts if isinstance(part, Tensor) and part.ndim == 4]
-    if len(maps) != 1:
-        raise TypeError(
-            f"The image encoder must return the image embedding, of shape (B, D, H, W), or a "
-            f"tuple, list or dict in which it is the only tensor of four axes, got "
-            f"{_described(output)}. Pass image embeddings to `infosam_terms` or to the distiller "
-            f"by hand, or wrap the encoder."
-        )
-    return maps[0]
-
-
-def _described(output: object) -> str:
-    """Return the type of an object, and what is in it, with the shapes of tensors."""
-    if isinstance(output, Tensor):
-        return f"a tensor of shape {tuple(output.shape)}"
-    if isinstance(output, Mapping):
-        parts = [f"{key}: {_described(value)}" for key, value in output.items()]
-    elif isinstance(output, (tuple, list)):
-        parts = [_described(value) for value in output]
-    else:
-        return type(output).__name__
-    return f"{type(output).__name__}({', '.join(parts)})"
 
 
 def _same_storage(a: Tensor, b: Tensor) -> bool:
