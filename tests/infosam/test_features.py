@@ -181,18 +181,6 @@ def test_encoder_may_be_checkpointed(model, use_reentrant):
     assert_features_close(features, collect(model))
 
 
-def test_several_prompts_an_image_are_refused(model):
-    with FeatureCollector(model) as collector:
-        segment(model, IMAGES, BOXES)
-        with pytest.raises(ValueError, match="one prompt an image, got 3 prompts for 1 image"):
-            several_prompts(model)
-        with pytest.raises(RuntimeError, match="No image embedding and no mask tokens"):
-            collector.pop()
-        segment(model, IMAGES, BOXES)
-        features = collector.pop()
-    assert_features_close(features, collect(model))
-
-
 @sam_only
 def test_decoding_a_batch_twice_is_refused(model):
     with FeatureCollector(model) as collector:
@@ -671,8 +659,26 @@ def test_anything_but_a_sam_is_refused(not_a_sam):
         TypeError, match=f"must be or contain a SAM, got {type(not_a_sam).__name__}"
     ) as error:
         FeatureCollector(not_a_sam)
-    for family in ("Sam ", "SAM2Base", "SamModel", "Sam2Model"):
-        assert family in str(error.value)
+    for kind in ("Sam;", "SAM2Base", "tracker", "SamModel", "SamHQModel", "Sam2Model", "EdgeTam"):
+        assert kind in str(error.value)
+    assert "image_embedding=..., mask_tokens=..." in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "part", "nearest"),
+    [
+        (tiny_sam, "image_encoder", "segment_anything's Sam, but Sam has no image_encoder"),
+        (tiny_sam, "mask_decoder.transformer", "Sam, but Sam has no mask_decoder.transformer"),
+        (tiny_hf_sam, "vision_encoder", "Sam, but SamModel has no image_encoder"),
+        (tiny_hf_sam, "mask_decoder", "SamModel or SamHQModel, but SamModel has no mask_decoder"),
+    ],
+)
+def test_of_what_is_refused_the_nearest_kind_is_named(build, part, nearest):
+    model = build()
+    *parent, name = part.split(".")
+    delattr(model.get_submodule(".".join(parent)), name)
+    with pytest.raises(TypeError, match=nearest):
+        FeatureCollector(model)
 
 
 @sam_only
