@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,6 +54,7 @@ SAM2_MODELS = (*(f"{v}_hiera_{size}" for v in ("sam2.1", "sam2") for size in SAM
 MOST_POINTS = 1000  # of a prompt
 LARGEST = 1e30  # so that float32 can hold products of it
 SMALL_TRANSFORMERS = ("tiny-sam", "tiny-sam2")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
 MODELS = {"sam": SAM_MODELS, "sam2": SAM2_MODELS}
 
 
@@ -79,7 +81,10 @@ def parse_training(
     else:
         small = ", ".join(SMALL_TRANSFORMERS)
         group.add_argument(
-            "--model", type=model_folder, required=True, help=f"{small}, or a folder"
+            "--model",
+            type=model_folder,
+            required=True,
+            help=f"{small}, a folder, or owner/name of a model on the Hugging Face Hub",
         )
         group.add_argument("--teacher", type=model_folder, help="a teacher of another size")
         parser.set_defaults(checkpoint=None, teacher_checkpoint=None)
@@ -327,8 +332,9 @@ def place(text: str) -> Path:
 
 
 def model_folder(text: str) -> str:
-    """Return the name of a small model, or the path of a folder."""
-    return text if text in SMALL_TRANSFORMERS else str(place(text))
+    """Return the name of a small model or of one on the Hub, or the path of a folder."""
+    is_name = text in SMALL_TRANSFORMERS or (HUB_NAME.fullmatch(text) and not Path(text).exists())
+    return text if is_name else str(place(text))
 
 
 def values(text: str) -> tuple[float, float]:

@@ -25,10 +25,14 @@ class Frame:
         size: Side of the square in pixels.
         keep_aspect: Whether to scale the longest side to `size` and to pad right and below, as SAM
             does. Otherwise each axis is scaled to `size`, as SAM2 does.
+        mean: Of the pixels, from 0 to 1, in red, green and blue, by default ImageNet's.
+        std: Their standard deviation.
     """
 
     size: int
     keep_aspect: bool
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
 
     def extent(self, height: int, width: int) -> tuple[int, int]:
         """Return the height and width that a picture has within the square."""
@@ -46,7 +50,7 @@ class Frame:
             pixels = TF.to_tensor(TF.resize(TF.to_pil_image(rgb), extent))
         else:
             pixels = TF.resize(TF.to_tensor(rgb), extent, antialias=True)
-        return self._padded(TF.normalize(pixels, MEAN, STD))
+        return self._padded(TF.normalize(pixels, self.mean, self.std))
 
     def mask(self, mask: NDArray[np.bool_]) -> Tensor:
         """Return the mask, bool (H, W) to (size, size); padding is background.

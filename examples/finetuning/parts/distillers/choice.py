@@ -81,12 +81,12 @@ def compared_layers(
     options: argparse.Namespace, teacher: Segmenter, student: Segmenter
 ) -> tuple[list[int], list[int]]:
     """Return the numbers of the teacher's and of the student's blocks that are compared, if any."""
-    found = (
+    if options.distiller == "none" or LAYERS not in KINDS[options.distiller].needs:
+        return [], []
+    return (
         layers_of(teacher, "--teacher-layers", options.teacher_layers),
         layers_of(student, "--layers", options.layers),
     )
-    compares = options.distiller != "none" and LAYERS in KINDS[options.distiller].needs
-    return found if compares else ([], [])
 
 
 def layers_of(model: Segmenter, option: str, asked: list[int] | None) -> list[int]:

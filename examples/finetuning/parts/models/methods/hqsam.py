@@ -31,8 +31,12 @@ def add_hq(encoder: nn.Module, decoder: nn.Module) -> None:
         decoder: Its mask decoder.
 
     Raises:
-        InputError: If the encoder is that of a SAM2.
+        InputError: If the encoder is that of a SAM2, or if the decoder is a HQ-SAM's already.
     """
+    if hasattr(decoder, "hq_token"):
+        raise InputError(
+            "--method hq-sam makes a HQ-SAM of a SAM, and --model is one. Take another method."
+        )
     block = first_global_block(encoder)
     norm = block.norm1 if hasattr(block, "norm1") else block.layer_norm1
     add_hq_to_decoder(decoder, *norm.normalized_shape)
