@@ -146,7 +146,7 @@ def test_folders_of_transformers(name: str, tmp_path: Path, inputs, capfd) -> No
     with pytest.raises(ValueError, match="are missing or of another shape"):
         huggingface.build(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match="must be one of sam, sam_hq, .* with a bert"):
+    with pytest.raises(ValueError, match=r"must be one of sam, sam_hq, .* with a bert"):
         huggingface.build(str(tmp_path))
     with pytest.raises(ValueError, match="a model's folder, got nowhere"):
         huggingface.build("nowhere")

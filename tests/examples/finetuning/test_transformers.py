@@ -10,6 +10,7 @@ from finetuning_runs import run
 from huggingface_hub import constants
 from models import SIZE, tiny_hf_edgetam, tiny_hf_sam3_tracker, tiny_hf_sam_hq
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 import evaluate
@@ -20,10 +21,35 @@ from parts.models import huggingface
 from parts.runs.trained import load_run
 from renyi_kd import FeatureCollector, Features
 
+
+def edgetam_video() -> nn.Module:
+    image = tiny_hf_edgetam().config
+    widths = {
+        "memory_attention_hidden_size": 32,
+        "memory_attention_mlp_hidden_size": 32,
+        "memory_encoder_hidden_size": 32,
+        "memory_encoder_output_channels": 16,
+        "mask_downsampler_embed_dim": 32,
+        "memory_fuser_embed_dim": 32,
+        "memory_fuser_intermediate_dim": 32,
+        "perceiver_resampler_hidden_size": 16,
+    }
+    config = transformers.EdgeTamVideoConfig(
+        vision_config=image.vision_config,
+        prompt_encoder_config=image.prompt_encoder_config.to_dict(),
+        mask_decoder_config=image.mask_decoder_config.to_dict(),
+        image_size=SIZE,
+        memory_attention_rope_feat_sizes=[4, 4],
+        **widths,
+    )
+    return transformers.EdgeTamVideoModel(config)
+
+
 # What each is built by, its class, and a method that it can be trained by.
 KINDS = {
     "sam_hq": (tiny_hf_sam_hq, "SamHQModel", ["--method", "lora"]),
     "edgetam": (tiny_hf_edgetam, "EdgeTamModel", ["--method", "decoder"]),
+    "edgetam_video": (edgetam_video, "EdgeTamModel", ["--method", "decoder"]),
     "sam3_tracker": (
         tiny_hf_sam3_tracker,
         "Sam3TrackerModel",
@@ -90,6 +116,7 @@ def test_pictures_are_normalised_as_by_the_processor(kind: str, folder: Path) ->
     processors = {
         "sam_hq": "SamImageProcessor",
         "edgetam": "Sam2ImageProcessor",
+        "edgetam_video": "Sam2ImageProcessor",
         "sam3_tracker": "Sam3ImageProcessor",
     }
     frame = huggingface.build(str(folder)).frame
@@ -103,7 +130,7 @@ def test_pictures_are_normalised_as_by_the_processor(kind: str, folder: Path) ->
 
 @pytest.mark.parametrize(
     "kind",
-    ["edgetam", *(pytest.param(k, marks=pytest.mark.slow) for k in ("sam_hq", "sam3_tracker"))],
+    ["edgetam", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "edgetam")],
     indirect=True,
 )
 def test_every_program_takes_the_run(
@@ -112,14 +139,17 @@ def test_every_program_takes_the_run(
     evaluate.main([str(trained), "--pretrained"])
     printed = capsys.readouterr().out
     assert f"{trained} before" in printed
-    predict.main([str(trained), str(data / "test"), *"--box 60 50 180 190".split(), "--output",
-        str(tmp_path / "masks")])  # fmt: skip
-    assert len([*(tmp_path / "masks").iterdir()]) == len([*(data / "test").iterdir()])
+    masks = tmp_path / "masks"
+    box = ["--box", "60", "50", "180", "190"]
+    predict.main([str(trained), str(data / "test"), *box, "--output", str(masks)])
+    assert len([*masks.iterdir()]) == len([*(data / "test").iterdir()])
 
     export.main([str(trained), str(tmp_path / "exported")])
     assert "from_pretrained(" in capsys.readouterr().out
     model = getattr(transformers, KINDS[kind][1]).from_pretrained(tmp_path / "exported").eval()
     assert (tmp_path / "exported" / "preprocessor_config.json").exists()
+    before = load_file(folder / "model.safetensors")
+    assert before.keys() == load_file(tmp_path / "exported" / "model.safetensors").keys()
     student, _ = load_run(trained)
     image = np.array(Image.open(data / "test" / "0000.jpg"))
     pixels, box = student.frame.image(image)[None], torch.tensor([[15.0, 12, 45, 48]])
@@ -168,8 +198,8 @@ def test_a_model_of_the_hub(cache: Path, data: Path, tmp_path: Path, capsys) -> 
     expected = transformers.SamModel.from_pretrained(recorded.model).state_dict()
     assert all(torch.equal(x, expected[k]) for k, x in student.model.state_dict().items())
     export.main([str(tmp_path / "run"), str(tmp_path / "exported")])
+    options.append("--resume")
     with pytest.raises(SystemExit, match="finished run"):
-        options.append("--resume")
         run("transformers-sam", data, tmp_path / "run", "--model", "owner/tiny", *options)
 
 

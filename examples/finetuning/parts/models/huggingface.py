@@ -17,7 +17,6 @@ from transformers import (
     Sam2Config,
     Sam2HieraDetConfig,
     Sam2Model,
-    Sam2VideoModel,
     Sam2VisionConfig,
     SamConfig,
     SamModel,
@@ -32,16 +31,18 @@ from parts.options import HUB_NAME, SMALL_TRANSFORMERS
 
 logging.set_verbosity_error()  # what is wrong with a folder is said in one line, not in a report
 
-VIDEO = "sam2_video"
 # The classes by what config.json calls the model; not every version of transformers has all.
 KINDS = {
     "sam": "SamModel",
     "sam_hq": "SamHQModel",
     "sam2": "Sam2Model",
-    VIDEO: "Sam2Model",
+    "sam2_video": "Sam2Model",
     "edgetam": "EdgeTamModel",
+    "edgetam_video": "EdgeTamModel",
     "sam3_tracker": "Sam3TrackerModel",
 }
+# The classes of those of them that are for videos as well.
+VIDEOS = {"sam2_video": "Sam2VideoModel", "edgetam_video": "EdgeTamVideoModel"}
 HALF = (0.5, 0.5, 0.5)  # mean and deviation of pixels for SAM3
 # Deviation of random weights. The usual 0.02 hardly lets a signal through models so narrow.
 SPREAD = 0.1
@@ -251,8 +252,9 @@ def export(model: PreTrainedModel, name: str, folder: Path) -> None:
         model.save_pretrained(folder)
         return
     origin = Path(name)
-    if model_type(origin) == VIDEO:
-        model = with_video_parts(model, origin)
+    kind = model_type(origin)
+    if kind in VIDEOS:
+        model = with_video_parts(model, pretrained(getattr(transformers, VIDEOS[kind]), origin))
     model.save_pretrained(folder)
     for path in origin.glob("*.json"):  # those of the processor
         copy = folder / path.name
@@ -260,9 +262,8 @@ def export(model: PreTrainedModel, name: str, folder: Path) -> None:
             shutil.copyfile(path, copy)
 
 
-def with_video_parts(model: Sam2Model, origin: Path) -> Sam2VideoModel:
-    """Return the model for videos of a folder, with the weights of one for images."""
-    video = pretrained(Sam2VideoModel, origin)
+def with_video_parts(model: PreTrainedModel, video: PreTrainedModel) -> PreTrainedModel:
+    """Return the model for videos with the weights of the one for images."""
     video.mask_decoder.dynamic_multimask_via_stability = False
     video.config.mask_decoder_config.dynamic_multimask_via_stability = False
     video.vision_encoder = model.vision_encoder  # with whatever a method has added to it
