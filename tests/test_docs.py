@@ -66,6 +66,9 @@ def test_page(page, readme, monkeypatch) -> None:
         assert -1 <= result["figures"]["relation_cosine"] <= 1
         assert result["cached"].image_embedding is result["embedding"]
         assert result["loss"].requires_grad
+    elif page.stem == "models":
+        assert result["embedding"].shape == (4, 64, 4, 4)
+        assert result["tokens"].shape == (4, 10, 64)
     elif page.stem == "routes":
         assert result["error"] < 0.1
     elif page.stem == "porting":

@@ -17,7 +17,10 @@ import evaluate
 import export
 import predict
 from parts.data.prompts import Prompts
+from parts.errors import InputError
 from parts.models import huggingface
+from parts.models.adaptation import adapt
+from parts.options import METHODS
 from parts.runs.trained import load_run
 from renyi_kd import FeatureCollector, Features
 
@@ -161,13 +164,24 @@ def test_every_program_takes_the_run(
     assert (own - before).abs().max() > 1e-2 * own.abs().max()
 
 
+@pytest.mark.parametrize("build", [tiny_hf_edgetam, tiny_hf_sam3_tracker])
+def test_methods_fit_or_say_so(build, tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path)
+    fits = {"bitfit", "decoder"}
+    for method in METHODS:
+        student = huggingface.build(str(tmp_path))
+        if method in fits:
+            assert "image encoder" in adapt(student, method, targets=["qkv"])
+            continue
+        with pytest.raises(InputError, match=r"must match something in|must have the image enc"):
+            adapt(student, method, targets=["qkv"])
+
+
 def test_what_a_model_has_not_is_said(data: Path, tmp_path: Path) -> None:
     tiny_hf_edgetam().save_pretrained(tmp_path / "edgetam")
     tiny_hf_sam_hq().save_pretrained(tmp_path / "sam_hq")
     for name, options, message in (
-        ("edgetam", ["--method", "lora"], "lora must match something in the image encoder"),
-        ("edgetam", ["--method", "adapter"], "adapter must match something in the image encoder"),
-        ("edgetam", ["--method", "decoder", "--distiller", "vid"], "has no transformer blocks"),
+        ("edgetam", ["--method", "bitfit", "--distiller", "vid"], "has no transformer blocks"),
         ("sam_hq", ["--method", "hq-sam"], "makes a HQ-SAM of a SAM, and --model is one"),
     ):
         with pytest.raises(SystemExit, match=message):

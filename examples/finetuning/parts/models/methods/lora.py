@@ -25,7 +25,8 @@ def add_lora(encoder: nn.Module, rank: int, targets: list[str]) -> int:
 
 def check_rank(rank: int, layers: list[nn.Linear]) -> None:
     """Raise `InputError` if a rank is above that of the layers themselves."""
-    width = min(min(layer.in_features, layer.out_features) for layer in layers)
+    widths = (min(layer.in_features, layer.out_features) for layer in layers)
+    width = min(widths, default=rank)
     if rank > width:
         raise InputError(f"--rank must be at most {width}, the width of a layer, got {rank}")
 
