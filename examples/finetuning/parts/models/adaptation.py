@@ -50,8 +50,8 @@ def adapt(student: Segmenter, method: str, *, rank: int = 4, targets: list[str])
         linear = sorted({n.split(".")[-1] for n, layer in layers if isinstance(layer, nn.Linear)})
         raise InputError(
             f"{method} must match something in the image encoder, got targets {targets} and no "
-            f"match. Its linear layers are called: {', '.join(linear) or 'it has none'}. The methods "
-            "bitfit and decoder fit any image encoder."
+            f"match. Its linear layers are called {', '.join(linear) or '(it has none)'}. The "
+            "methods bitfit and decoder fit any image encoder."
         )
     student.decoder.requires_grad_(True)
     for name, module in student.decoder.named_children():
