@@ -16,6 +16,7 @@ from typing import Any
 
 SPLITS = ("train", "val", "test")
 TEST_TABLE = "test.csv"
+FORMATS = ("png", "pdf", "svg")  # of figures
 METHODS = (
     *("lora", "lora-heads", "adapter", "adaptformer", "conv-lora"),
     *("su-sam-series", "su-sam-parallel", "su-sam-mixed", "su-sam-lora", "hq-sam", "bitfit"),

@@ -120,7 +120,7 @@ def test_every_program_ends_with_its_results_and_what_comes_next(
     assert last.startswith(f"{tmp_path / 'run'} holds the run. Next: python ")
     for program, arguments in (
         (evaluate, ["run", "--output", "scores"]),
-        (pictures, ["run", "--output", "pictures"]),
+        (pictures, ["run", "--formats", "png", "--output", "pictures"]),
         (predict, ["run", str(data / "test"), "--box", "9", "9", "99", "99", "--output", "masks"]),
         (export, ["run", "exported.pth"]),
     ):
@@ -149,7 +149,7 @@ def test_from_training_to_masks_by_the_documented_commands(
     call(script, "--model", *model, *options, "--output", "run")
     assert "run before" in call("evaluate.py", "run", "--pretrained", "--output", "scores").stdout
     drawn = call("pictures.py", "run", "--output", "pictures").stdout
-    for name in ("predictions", "relations", "curves"):
+    for name in ("predictions", "relations", "epochs", "histograms", "curves"):
         assert f"{name}.png" in drawn
         with Image.open(tmp_path / "pictures" / f"{name}.png") as picture:
             assert min(picture.size) > 300

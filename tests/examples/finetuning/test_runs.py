@@ -395,7 +395,8 @@ def test_a_moved_run_is_used_where_it_is(moved: Path, tmp_path: Path) -> None:
     places += ["--data", str(moved / "data")]
     scores = ["--output", str(tmp_path / "scores")]
     evaluate.main([str(moved / "run"), "--pretrained", *scores, *places])
-    pictures.main([str(moved / "run"), "--output", str(tmp_path / "pictures"), *places])
+    drawn = ["--output", str(tmp_path / "pictures"), "--formats", "png"]
+    pictures.main([str(moved / "run"), *drawn, *places])
 
 
 def test_what_a_moved_run_was_made_of_is_known_by_contents(moved: Path, capsys) -> None:
