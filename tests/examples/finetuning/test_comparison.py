@@ -201,7 +201,7 @@ def test_pictures_are_of_runs_with_the_same_data(trained, retested: Path, tmp_pa
 
 def test_runs_called_before_are_not_the_model_before(trained, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("a", "a before", "before"):
+    for name in ("a", "a before"):
         copy_of_a_run(trained("sam", "lora"), Path(name))
     runs = Path("a"), Path("a before")
     names = [model.name for model in asked(*runs, pretrained=True)]

@@ -13,16 +13,15 @@ from parts.data.check import read_data
 from parts.errors import InputError
 from parts.evaluation.curves import draw_curves
 from parts.evaluation.gallery import DEVICE, Chosen, Gallery, Picture, extremes
-from parts.evaluation.relations import draw_relations
-from parts.figures import (
-    BLUE,
-    ORANGE,
+from parts.evaluation.panels import (
     picture_files,
     show_mask,
     show_note,
     show_outline,
     show_prompt,
 )
+from parts.evaluation.relations import draw_relations
+from parts.figures import BLUE, ORANGE
 from parts.files import appearing, refuse_existing
 from parts.models.segmenter import Segmenter
 from parts.options import WITH_RELATION, next_command

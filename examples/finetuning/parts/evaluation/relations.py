@@ -16,20 +16,15 @@ from torch import Tensor, nn
 from parts.data.frame import Frame
 from parts.distillers.choice import relation_module
 from parts.evaluation.gallery import DEVICE, Gallery, Picture
-from parts.figures import (
-    BLUE,
-    PAGE,
-    VERMILION,
+from parts.evaluation.panels import (
     colorbar,
-    figure_files,
     limits_of,
     picture_files,
-    show_legend,
     show_outline,
     show_prompt,
     show_relation,
-    shown,
 )
+from parts.figures import BLUE, PAGE, VERMILION, figure_files, show_legend, shown
 from parts.models.segmenter import Segmenter
 from parts.runs import checkpoint
 from parts.runs.trained import load_run, load_teacher
