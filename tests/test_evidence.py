@@ -1,5 +1,6 @@
 """The evidence: who is compared on what, and what is concluded from the table of runs."""
 
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import zero_shot
 from grid import Grid, read_table, write_table
 from parts.data.tables import Row, read_tables
 from parts.errors import InputError
+from parts.options import FORMATS
 
 
 def made_up(arm: str, domain: str, seed: int, iou: float, **others: float) -> dict[str, str]:
@@ -106,7 +108,13 @@ def test_the_report_is_written(tmp_path: Path, capsys) -> None:
     write_table(tmp_path / "runs.csv", rows)
     report.main([str(tmp_path / "runs.csv"), "--output", str(tmp_path / "results")])
     found = sorted(path.name for path in (tmp_path / "results").iterdir())
-    assert found == ["evidence.md", "forest.png", "front.png", "weights.png"]
+    figures = [f"{name}.{kind}" for name in ("forest", "front", "weights") for kind in FORMATS]
+    assert found == ["evidence.md", *sorted(figures)]
+    text = {
+        name: (tmp_path / "results" / f"{name}.svg").read_text() for name in ("forest", "front")
+    }
+    assert {">infosam (3)<", ">L2-SP (3)<"} <= {*re.findall(r">[^<>]*\(\d+\)<", text["forest"])}
+    assert {"infosam", "L2-SP"} == {*re.findall(r">\d+  ([^<>]+)<", text["front"])}
     assert "| mean of domains | 8 |" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="results exists"):
         report.main([str(tmp_path / "runs.csv"), "--output", str(tmp_path / "results")])

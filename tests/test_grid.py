@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 import grid
 import paper
@@ -319,6 +318,11 @@ def test_figures_are_drawn_from_the_rows(figure: str, tmp_path: Path, capsys) ->
             name: f"{0.3 + 0.001 * value:.3f}" for name, value in (scores | before).items()
         }
     paper.write(figure, plan, rows, tmp_path)
-    with Image.open(tmp_path / f"{figure}.png") as found:
-        assert min(found.size) > 300
+    assert {path.name for path in tmp_path.glob("figure*.p*")} == {f"{figure}.png", f"{figure}.pdf"}
+    text = (tmp_path / f"{figure}.svg").read_text()
+    sets = {data for data, _ in paper.columns(figure)} if figure != "figure7" else {"boundary F1"}
+    assert all(f">{name}" in text for name in sets)
+    names = plan if figure != "figure6" else []  # which has the scores in its cells
+    assert all(f">{cell.row}<" in text for cell in names)
+    assert "[%]<" in text
     assert f"**{figure}**" in capsys.readouterr().out

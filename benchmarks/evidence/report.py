@@ -1,9 +1,9 @@
 """Tables and figures of the evidence, from its table of runs alone.
 
 `python benchmarks/evidence/report.py runs.csv --output report` makes a folder with `evidence.md`
-and three figures: `forest.png` has the effect of every arm, `front.png` what is gained on the
-target against what is kept of the source, and `weights.png` the scores over both weights of the
-loss.
+and three figures, each as PNG, PDF and SVG: `forest` has the effect of every arm, `front` what is
+gained on the target against what is kept of the source, and `weights` the scores over both weights
+of the loss.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "paper"))
@@ -36,6 +34,7 @@ from evidence import (
 )
 from grid import Cells, number_in, read_table
 from parts.errors import InputError, plain_errors
+from parts.figures import BLUE, PAGE, VERMILION, figure_files, show_legend
 from parts.files import appearing
 from plots import draw
 
@@ -55,6 +54,11 @@ FEW_SEEDS = (
     "So few seeds make the intervals too narrow: of simulated ones with three domains and three "
     "seeds, 85 % held the true mean, where 95 % should."
 )
+
+BAND = "#e6e6e6"
+DOMAIN = {"color": VERMILION, "marker": ".", "linestyle": "none"}
+TRAINED = {"color": BLUE, "marker": "o", "linestyle": "none"}
+AVERAGED = {"color": VERMILION, "marker": "s", "linestyle": "none"}
 
 # Scores in percent of an arm, by domain and seed.
 Scores = dict[tuple[str, str], float]
@@ -85,9 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = "\n\n".join(filter(None, parts))
         print(text)
         (folder / "evidence.md").write_text(f"{text}\n", encoding="utf-8")
-        forest(second_tier(rows), folder / "forest.png")
-        front(second_tier(rows), folder / "front.png")
-        weights(few_images(rows), folder / "weights.png")
+        forest(second_tier(rows), folder / "forest")
+        front(second_tier(rows), folder / "front")
+        weights(few_images(rows), folder / "weights")
 
 
 def read_runs(path: Path) -> list[Cells]:
@@ -261,41 +265,46 @@ def forest(rows: Sequence[Cells], path: Path) -> None:
     if not found:
         return
     order = sorted(found, key=lambda arm: found[arm].mean)
-    figure, panel = plt.subplots(figsize=(7, 1 + 0.28 * len(order)))
-    panel.axvspan(-LEAST_EFFECT, LEAST_EFFECT, color="#eeeeee")
-    panel.axvline(0, color="black", linewidth=0.8)
-    for place, arm in enumerate(order):
-        one = found[arm]
-        panel.plot([one.low, one.high], [place, place], color="#0072b2")
-        panel.plot(one.mean, place, "o", color="#0072b2")
-        panel.plot([*one.domains.values()], [place] * len(one.domains), ".", color="#e69f00")
-    panel.set_yticks(range(len(order)), [f"{arm} ({found[arm].pairs})" for arm in order])
-    panel.set_xlabel("IoU on the target, points over plain (orange: each domain)")
-    save(figure, path)
+    with figure_files(path, size=(PAGE, 0.9 + 0.17 * len(order))) as (figure, axes):
+        panel = axes[0, 0]
+        panel.axvspan(-LEAST_EFFECT, LEAST_EFFECT, color=BAND, linewidth=0)
+        panel.axvline(0, color="black", linewidth=0.6)
+        for place, arm in enumerate(order):
+            one = found[arm]
+            panel.plot([one.low, one.high], [place, place], "-", color=BLUE)
+            panel.plot(one.mean, place, "o", color=BLUE)
+            panel.plot([*one.domains.values()], [place] * len(one.domains), **DOMAIN)
+        panel.set_yticks(range(len(order)), [f"{arm} ({found[arm].pairs})" for arm in order])
+        panel.set(xlabel="target IoU above plain [points]", ylim=(-0.7, len(order) - 0.3))
+        handles = {
+            "mean of domains, 95 % interval": Line2D([], [], color=BLUE, marker="o", linestyle="-"),
+            "a domain": Line2D([], [], **DOMAIN),
+            f"less than ±{LEAST_EFFECT:g} points": Patch(color=BAND, linewidth=0),
+        }
+        show_legend(figure, handles)
 
 
 def front(rows: Sequence[Cells], path: Path) -> None:
     """Draw what each arm keeps of the source against what it gains on the target."""
-    if not arms_of(rows):
+    arms = {arm: effects(rows, arm) for arm in arms_of(rows)}
+    if not arms:
         return
-    figure, panels = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
-    for panel, kept in zip(panels, (BOX, POINT), strict=True):
-        panel.axhline(0, color="black", linewidth=0.8)
-        panel.axvline(0, color="black", linewidth=0.8)
-        for arm in arms_of(rows):
-            values = effects(rows, arm)
-            free = " at " in arm
-            panel.plot(
-                values[kept].mean,
-                values[TARGET].mean,
-                "s" if free else "o",
-                color="#d55e00" if free else "#0072b2",
-            )
-            place = values[kept].mean, values[TARGET].mean
-            panel.annotate(arm, place, (4, 3), textcoords="offset points", fontsize=6)
-        panel.set_xlabel(f"{OUTCOMES[kept]}, points over plain")
-    panels[0].set_ylabel("target IoU, points over plain")
-    save(figure, path)
+    height = max(2.6, 0.5 + 0.13 * len(arms))
+    with figure_files(path, size=(PAGE, height), ncols=2, sharey=True) as (figure, axes):
+        for panel, kept in zip(axes[0], (BOX, POINT), strict=True):
+            panel.axhline(0, color="black", linewidth=0.6)
+            panel.axvline(0, color="black", linewidth=0.6)
+            for number, (arm, values) in enumerate(arms.items(), start=1):
+                place = values[kept].mean, values[TARGET].mean
+                panel.plot(*place, **(AVERAGED if " at " in arm else TRAINED))
+                offset = {"xytext": (2, 2), "textcoords": "offset points", "fontsize": 6}
+                panel.annotate(str(number), place, **offset)
+            panel.set_xlabel(f"{OUTCOMES[kept]}, above plain [points]")
+        axes[0, 0].set_ylabel("target IoU above plain [points]")
+        names = [f"{number}  {arm}" for number, arm in enumerate(arms, start=1)]
+        looks = [AVERAGED if " at " in arm else TRAINED for arm in arms]
+        handles = [Line2D([], [], **look) for look in looks]
+        figure.legend(handles, names, loc="outside right center", labelspacing=0.2, fontsize=6.5)
 
 
 def weights(rows: Sequence[Cells], path: Path) -> None:
@@ -309,13 +318,6 @@ def weights(rows: Sequence[Cells], path: Path) -> None:
             found[name] = {(domain, "iou"): [*scores.values()]}
     if found:
         draw("figure6", found, path)
-
-
-def save(figure: plt.Figure, path: Path) -> None:
-    """Write a figure, and forget it."""
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

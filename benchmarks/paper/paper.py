@@ -277,7 +277,7 @@ def write(part: str, plan: Sequence[Cell], rows: dict[str, Cells], folder: Path)
     if part.startswith("figure"):
         from plots import draw
 
-        draw(part, found, folder / f"{part}.png")
+        draw(part, found, folder / part)
 
 
 def with_rows(parts: Sequence[str], rows: Sequence[str] | None) -> list[str]:

@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+
+from parts.figures import BAND, COLUMN, LINES, PAGE, figure_files, show_legend, shown
 
 Measured = Mapping[str, Mapping[tuple[str, str], Sequence[float]]]
 
@@ -19,22 +17,32 @@ METRICS = {"iou": "IoU", "s_measure": "S-measure"}
 
 
 def draw(figure: str, found: Measured, path: Path) -> None:
-    """Draw a figure from what was measured of each row, by data set and metric."""
+    """Draw a figure from what was measured of each row, by data set and metric.
+
+    Args:
+        figure: The paper's name of the figure.
+        found: The values of all seeds in percent.
+        path: The files without their endings.
+    """
     {"figure4": teachers, "figure6": weights, "figure7": boundaries}[figure](found, path)
 
 
 def teachers(found: Measured, path: Path) -> None:
     """Draw the scores of distillers with larger teachers, a panel for each data set."""
-    keys = keys_of(found)
-    figure, axes = plt.subplots(1, len(keys), figsize=(4.5 * len(keys), 3.2), squeeze=False)
-    for panel, key in zip(axes[0], keys, strict=True):
-        names = [name for name in found if found[name].get(key)]
-        values = [found[name][key] for name in names]
-        errors = [error_of(value) for value in values]
-        panel.errorbar(range(len(names)), list(map(mean, values)), errors, fmt="o", capsize=3)
-        panel.set_xticks(range(len(names)), names, rotation=60, ha="right")
-        panel.set_title(title(key))
-    save(figure, path)
+    keys, names = keys_of(found), [*found]
+    size = PAGE, 0.9 + 0.2 * len(names)
+    with figure_files(path, size=size, ncols=len(keys), sharey=True) as (figure, axes):
+        for panel, key in zip(axes[0], keys, strict=True):
+            measured = [(place, found[name][key]) for place, name in enumerate(names)]
+            places, values = zip(*((place, v) for place, v in measured if v), strict=True)
+            errors = [error_of(value) for value in values]
+            panel.errorbar([*map(mean, values)], places, xerr=errors, fmt="o", capsize=2)
+            panel.set_title(key[0])
+            panel.set_xlabel(title(key[1]))
+            panel.grid(axis="x")
+        axes[0, 0].set_yticks(range(len(names)), map(shown, names))
+        axes[0, 0].invert_yaxis()
+        show_legend(figure, {"mean ± standard error over seeds": panel.containers[0]})
 
 
 def weights(found: Measured, path: Path) -> None:
@@ -43,38 +51,41 @@ def weights(found: Measured, path: Path) -> None:
     first = sorted({pair[0] for pair in pairs.values()}, key=float)
     second = sorted({pair[1] for pair in pairs.values()}, key=float)
     keys = keys_of(found)
-    figure, axes = plt.subplots(1, len(keys), figsize=(4 * len(keys), 3.4), squeeze=False)
-    for panel, key in zip(axes[0], keys, strict=True):
-        grid = np.full((len(first), len(second)), np.nan)
-        for name, (one, two) in pairs.items():
-            if found[name].get(key):
-                grid[first.index(one), second.index(two)] = mean(found[name][key])
-        panel.imshow(grid, origin="lower")
-        for (i, j), value in np.ndenumerate(grid):
-            dark = value < np.nanmean([np.nanmin(grid), np.nanmax(grid)])
-            colour = "white" if dark else "black"
-            panel.text(j, i, f"{value:.1f}", ha="center", va="center", color=colour)
-        panel.set_xticks(range(len(second)), second)
-        panel.set_yticks(range(len(first)), first)
-        panel.set_xlabel("λ₂, of distillation")
-        panel.set_ylabel("λ₁, of compression")
-        panel.set_title(title(key))
-    save(figure, path)
+    size = (COLUMN, 2.9) if len(keys) == 1 else (PAGE, 2.6)
+    with figure_files(path, size=size, ncols=len(keys)) as (_, axes):
+        for panel, key in zip(axes[0], keys, strict=True):
+            grid = np.full((len(first), len(second)), np.nan)
+            for name, (one, two) in pairs.items():
+                if found[name].get(key):
+                    grid[first.index(one), second.index(two)] = mean(found[name][key])
+            panel.imshow(grid, origin="lower")
+            for (i, j), value in np.ndenumerate(grid):
+                dark = value < np.nanmean([np.nanmin(grid), np.nanmax(grid)])
+                colour = "white" if dark else "black"
+                text = "" if np.isnan(value) else f"{value:.1f}"
+                panel.text(j, i, text, ha="center", va="center", color=colour, fontsize=7)
+            panel.spines[:].set_visible(False)
+            panel.set_xticks(range(len(second)), second)
+            panel.set_yticks(range(len(first)), first)
+            panel.set(xlabel="weight of distillation, λ₂", title=f"{key[0]}, {title(key[1])}")
+        axes[0, 0].set_ylabel("weight of compression, λ₁")
 
 
 def boundaries(found: Measured, path: Path) -> None:
     """Draw the F1 score of the boundary over the distance that counts as right."""
-    figure, panel = plt.subplots(figsize=(5, 3.6))
-    for name, values in found.items():
-        keys = [key for key in keys_of(found) if values.get(key)]
-        pixels = [int(metric.rpartition("_")[2]) for _, metric in keys]
-        scores = [values[key] for key in keys]
-        panel.errorbar(pixels, list(map(mean, scores)), list(map(error_of, scores)), label=name)
-    panel.set_xlabel("distance in pixels")
-    panel.set_ylabel("boundary F1, %")
-    panel.set_xticks(range(4))
-    panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    save(figure, path)
+    with figure_files(path, size=(COLUMN, 2.9)) as (figure, axes):
+        panel, handles = axes[0, 0], {}
+        for (name, values), look in zip(found.items(), LINES, strict=False):
+            keys = [key for key in keys_of(found) if values.get(key)]
+            pixels = [int(metric.rpartition("_")[2]) for _, metric in keys]
+            means = np.array([mean(values[key]) for key in keys])
+            errors = np.array([error_of(values[key]) for key in keys])
+            (handles[name],) = panel.plot(pixels, means, marker="o", **look)
+            band = means - errors, means + errors
+            panel.fill_between(pixels, *band, color=look["color"], alpha=0.25, linewidth=0)
+        panel.set(xlabel="tolerated distance [pixels]", ylabel="boundary F1 [%]", xticks=range(4))
+        panel.grid()
+        show_legend(figure, handles, BAND)
 
 
 def keys_of(found: Measured) -> list[tuple[str, str]]:
@@ -87,13 +98,6 @@ def error_of(values: Sequence[float]) -> float:
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
-def title(key: tuple[str, str]) -> str:
-    """Return the heading of a panel."""
-    return f"{key[0]}, {METRICS.get(key[1], key[1])}, %"
-
-
-def save(figure: plt.Figure, path: Path) -> None:
-    """Write a figure, and forget it."""
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def title(metric: str) -> str:
+    """Return the name of a metric with its unit."""
+    return f"{METRICS.get(metric, metric)} [%]"

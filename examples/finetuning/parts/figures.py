@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from parts.options import FORMATS
 
 COLUMN, PAGE = 3.3, 6.9  # inches
-LETTERS_PER_INCH = 15  # of 8 points
+LETTERS_PER_INCH = 16  # of 8 points, on average
 
 # The colours of Okabe and Ito, which colour-blind readers can tell apart.
 BLUE, VERMILION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
@@ -32,6 +32,7 @@ CYCLE = cycler(linestyle=["-", "--", ":"]) * cycler(
     color=[BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK]
 )
 LINES = [*CYCLE]
+BAND = "lines are means, bands are ± one standard error"
 STYLE = {
     "font.size": 8,
     "axes.labelsize": 8,
@@ -39,6 +40,7 @@ STYLE = {
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
     "legend.fontsize": 7,
+    "legend.title_fontsize": 7,
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -101,9 +103,11 @@ def shown(text: str, inches: float = PAGE) -> str:
     return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
 
 
-def show_legend(figure: Figure, handles: Mapping[str, Artist]) -> None:
+def show_legend(figure: Figure, handles: Mapping[str, Artist], note: str | None = None) -> None:
     """Explain lines and colours above all panels, side by side as far as their names leave room."""
-    wide = max(map(len, handles)) / LETTERS_PER_INCH + 0.5
-    width = figure.get_figwidth()
-    columns = min(len(handles), max(1, int(width / wide)))
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns)
+    wide = max(map(len, handles)) / LETTERS_PER_INCH + 0.4
+    columns = min(len(handles), max(1, int(figure.get_figwidth() / wide)))
+    names = handles.keys()
+    figure.legend(
+        handles.values(), names, loc="outside upper center", ncols=columns, title=note or ""
+    )

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.artist import Artist
-from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from scipy.stats import sem
 
 from parts.data.tables import read_rows
 from parts.errors import InputError
-from parts.figures import LINES, PAGE, figure_files, show_legend, shown
+from parts.figures import BAND, LINES, PAGE, figure_files, show_legend, shown
 from parts.options import DISTILLERS
 
 Curve = dict[int, float]  # values by steps
@@ -73,9 +72,7 @@ def draw_curves(groups: dict[str, list[Path]], path: Path, formats: Sequence[str
                     banded = True
         for axis in axes.flat[len(names) :]:
             axis.remove()
-        if banded:
-            handles["mean ± standard error"] = Patch(color="black", alpha=0.25, lw=0)
-        show_legend(figure, handles)
+        show_legend(figure, handles, BAND if banded else None)
 
 
 def mean_and_error(
