@@ -18,7 +18,6 @@ from itertools import chain, islice, repeat
 from pathlib import Path
 from statistics import median
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
@@ -30,15 +29,26 @@ from tqdm import tqdm
 # The loss and the small SAM are those of the fine-tuning scripts, which lie in the next folder.
 sys.path.append(str(Path(__file__).parents[1] / "finetuning"))
 
-from parts.data.prompts import noised
+from parts.data.prompts import Prompts, noised
+from parts.evaluation.panels import (
+    colorbar,
+    limits_of,
+    picture_files,
+    show_mask,
+    show_note,
+    show_outline,
+    show_prompt,
+    show_relation,
+)
+from parts.figures import BLUE, ORANGE
 from parts.models.tiny_sam import DIM, predict
+from parts.options import FORMATS
 from parts.training.loss import structure_loss
 from renyi_kd import FeatureCollector, InfoSAMDistiller, InfoSAMTerms
 from scenes import Scene, box_fill, make_scenes
 from teacher import ious, load_teacher, segment
 
 BATCH_SIZE = 4
-BLUE, ORANGE, YELLOW = "#0072b2", "#e69f00", "#f0e442"  # for colour-blind readers
 
 
 def make_student(teacher: Sam) -> Sam:
@@ -126,40 +136,34 @@ def relation_maps(distiller: InfoSAMDistiller, model: Sam, scenes: Scene) -> Ten
 
 
 def draw(scenes: Scene, masks: dict[str, Tensor], relations: dict[str, Tensor], to: Path) -> None:
-    """Draw a row for each scene: the picture with its prompt, truth, predictions and relations."""
+    """Draw a row for each scene: the picture with its prompt, truth, predictions and relations.
+
+    Args:
+        scenes: The scenes.
+        masks: Of each model, the masks (N, H, W), by the title of their column.
+        relations: Of each model, the relation maps (N, h, w), by the title of their column.
+        to: The PNG file, beside which the same is written as PDF and SVG.
+    """
     titles = ["image and prompt", "truth", *masks, *relations]
-    size = 2.1 * len(titles), 2.1 * len(scenes.image) + 0.6
-    no_ticks = {"xticks": [], "yticks": []}
-    figure, axes = plt.subplots(
-        len(scenes.image), len(titles), figsize=size, layout="constrained", subplot_kw=no_ticks
-    )
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize=10)
-    for (left, right, *_), image, truth, (x0, y0, x1, y1) in zip(axes, *scenes, strict=True):
-        left.imshow(image)
-        left.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, ec=YELLOW, fc="none", lw=2))
-        right.imshow(image)
-        right.contourf(truth, [0.5, 1], colors=ORANGE, alpha=0.55)
-        right.contour(truth, [0.5], colors="white", linewidths=1.2)
-    for column, predicted in zip(axes.T[2:], masks.values(), strict=False):
-        rows = zip(
-            column, scenes.image, scenes.mask, predicted, ious(predicted, scenes), strict=True
-        )
-        for axis, image, truth, mask, iou in rows:
-            axis.imshow(image)
-            axis.contourf(mask, [0.5, 1], colors=BLUE, alpha=0.55)
-            axis.contour(truth, [0.5], colors="white", linewidths=1.2)
-            note = {"color": "white", "fontsize": 9, "bbox": {"fc": "black", "pad": 1.5}}
-            axis.text(8, 246, f"IoU {iou:.2f}", **note)
-    limit = max(relation.abs().max().item() for relation in relations.values())
-    over_image = {"cmap": "PuOr", "vmin": -limit, "vmax": limit, "extent": (0, 256, 256, 0)}
-    for column, maps in zip(axes.T[2 + len(masks) :], relations.values(), strict=True):
-        for axis, truth, relation in zip(column, scenes.mask, maps, strict=True):
-            axis.imshow(relation.numpy(), **over_image)
-            axis.contour(truth, [0.5], colors="black", linewidths=0.8)
+    rows = [f"scene {number}" for number in range(1, len(scenes.image) + 1)]
+    scores = [ious(predicted, scenes) for predicted in masks.values()]
+    limits = limits_of([*relations.values()])
     to.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(to, dpi=110)
-    plt.close(figure)
+    path = to.with_suffix("")
+    with picture_files(path, FORMATS, scenes.image, rows, titles, bar=True) as (figure, axes):
+        for i, (line, image, mask, box) in enumerate(zip(axes, *scenes, strict=True)):
+            truth = torch.from_numpy(mask)
+            show_prompt(line[0], image, Prompts(torch.from_numpy(box)))
+            show_mask(line[1], image, truth, ORANGE)
+            for axis, predicted, found in zip(line[2:], masks.values(), scores, strict=False):
+                show_mask(axis, image, predicted[i], BLUE)
+                show_outline(axis, truth)
+                show_note(axis, f"IoU {100 * found[i]:.0f} %")
+            for axis, maps in zip(line[2 + len(masks) :], relations.values(), strict=True):
+                cell = image.shape[0] / maps.shape[1], image.shape[1] / maps.shape[2]
+                drawn = show_relation(axis, image, maps[i], cell, limits)
+                show_outline(axis, truth, "black")
+        colorbar(figure, drawn, axes)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -174,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     output = Path(__file__).parent / "output" / "quickstart.png"
-    parser.add_argument("--output", type=Path, default=output, help="the picture to write")
+    parser.add_argument("--output", type=Path, default=output, help="the PNG file to write")
     args = parser.parse_args(argv)
     if args.samples < BATCH_SIZE or args.samples % BATCH_SIZE:
         parser.error(f"--samples must be a multiple of {BATCH_SIZE}, got {args.samples}")
@@ -222,13 +226,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("the rest loss and relation module")
 
     few = Scene(*(part[:4] for part in target))
-    columns = {f"{name}\nmean IoU {scores[name]:.2f}": mask[:4] for name, mask in masks.items()}
+    columns = {
+        f"{name}\nmean IoU {100 * scores[name]:.1f} %": mask[:4] for name, mask in masks.items()
+    }
     relations = {
         f"relation of\n{name}": relation_maps(distiller, models[name], few)
         for name in ("teacher", "student + InfoSAM")
     }
     draw(few, columns, relations, args.output)
-    print(f"\nPicture: {args.output}")
+    print(f"\nPicture: {args.output}, and beside it as PDF and SVG")
 
 
 if __name__ == "__main__":

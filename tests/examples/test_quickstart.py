@@ -76,6 +76,10 @@ def test_picture(run) -> None:
     with Image.open(run[1]) as picture:
         assert picture.width > 1000
         assert len(picture.convert("RGB").getcolors(maxcolors=2**24)) > 10_000
+    assert {path.suffix for path in run[1].parent.iterdir()} == {".png", ".pdf", ".svg"}
+    text = run[1].with_suffix(".svg").read_text()
+    assert text.count(">mean IoU ") == 3  # teacher and both students
+    assert text.count(">IoU ") == 3 * 4
 
 
 @pytest.mark.parametrize(
