@@ -227,7 +227,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     few = Scene(*(part[:4] for part in target))
     columns = {
-        f"{name}\nmean IoU {100 * scores[name]:.1f} %": mask[:4] for name, mask in masks.items()
+        f"{name}\nmean IoU {100 * scores[name]:.1f}\N{NO-BREAK SPACE}%": mask[:4]
+        for name, mask in masks.items()
     }
     relations = {
         f"relation of\n{name}": relation_maps(distiller, models[name], few)

@@ -78,7 +78,7 @@ def test_picture(run) -> None:
         assert len(picture.convert("RGB").getcolors(maxcolors=2**24)) > 10_000
     assert {path.suffix for path in run[1].parent.iterdir()} == {".png", ".pdf", ".svg"}
     text = run[1].with_suffix(".svg").read_text()
-    assert text.count(">mean IoU ") == 3  # teacher and both students
+    assert text.count(">mean IoU<") == 3  # teacher and both students
     assert text.count(">IoU ") == 3 * 4
 
 

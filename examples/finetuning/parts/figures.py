@@ -33,7 +33,7 @@ CYCLE = cycler(linestyle=["-", "--", ":"]) * cycler(
 )
 LINES = [*CYCLE]
 BAND = "lines are means, bands are ± one standard error"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.labelsize": 8,
     "axes.titlesize": 8,

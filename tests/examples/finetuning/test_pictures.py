@@ -53,7 +53,7 @@ def test_a_run_is_drawn_with_its_label_and_its_scores(trained, tmp_path: Path) -
     for name in ("curves", "histograms", "predictions", "relations"):
         assert "_mine $1" in text[name], name
     tested = json.loads((run / "result.json").read_text())["test"]
-    assert f">mean IoU {100 * tested['iou']:.1f} %<" in text["predictions"]
+    assert f">mean IoU {100 * tested['iou']:.1f}\N{NO-BREAK SPACE}%<" in text["predictions"]
     assert {">best<", ">worst<"} <= {*re.findall(">best<|>median<|>worst<", text["predictions"])}
     assert all(f">epoch {number}<" in text["epochs"] for number in (1, 2))
     assert all(f"[{unit}]<" in text["curves"] for unit in ("bits", "%"))

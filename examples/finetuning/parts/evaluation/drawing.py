@@ -126,7 +126,7 @@ def draw_predictions(
         formats: The endings.
     """
     headings = [
-        f"{title}\nmean IoU {100 * np.mean(values):.1f} %"
+        f"{title}\nmean IoU {100 * np.mean(values):.1f}\N{NO-BREAK SPACE}%"
         for title, values in zip(titles, ious, strict=True)
     ]
     headings = ["image and prompt", "truth", *headings]
