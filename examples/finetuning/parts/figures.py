@@ -92,6 +92,8 @@ def figure_files(
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         yield figure, figure.subplots(squeeze=False, **panels)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # what was found is the same in all files, and takes long
         for ending in formats:
             figure.savefig(path.with_name(f"{path.name}.{ending}"))
 

@@ -114,13 +114,14 @@ def draw_relations(
         arguments: Where data and weights are now, and the formats.
     """
     columns: dict[str, Maps] = {}
-    for label, path in runs.items():
-        found = Run(path, arguments).maps(checkpoint.best_epoch(path), gallery, pictures)
+    loaded = {label: Run(path, arguments) for label, path in runs.items()}
+    for label, run in loaded.items():
+        found = run.maps(checkpoint.best_epoch(run.folder), gallery, pictures)
         columns |= {f"{label}:\n{who}": maps for who, maps in zip(WHO, found, strict=True)}
     draw_maps(pictures, columns, folder / "relations", arguments.formats)
-    label, path = next(iter(runs.items()))
-    run = Run(path, arguments)
-    every = {epoch: run.maps(epoch, gallery, pictures) for epoch in epochs_to_draw(path)}
+    label, run = next(iter(loaded.items()))
+    epochs = epochs_to_draw(run.folder)
+    every = {epoch: run.maps(epoch, gallery, pictures) for epoch in epochs}
     draw_epochs(pictures, every, folder / "epochs", arguments.formats)
     draw_histograms(every, label, folder / "histograms", arguments.formats)
 
