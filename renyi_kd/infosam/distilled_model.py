@@ -34,13 +34,14 @@ class DistilledModel(nn.Module):
     does move with `.to()`, and is copied and pickled with the module.
 
     Args:
-        student: module that trains, with a SAM in it; see `FeatureCollector` for which. Its
-            `forward` must run image encoder and mask decoder with gradients.
+        student: module that trains, with a SAM in it or with modules that are named; see
+            `FeatureCollector`. Its `forward` must run image encoder and mask decoder with
+            gradients.
         teacher: module that takes the same arguments. It is frozen here. It must not share
             parameters with the student: copy it before LoRA is added.
         distiller: module of the features of teacher and student. Default: `InfoSAMDistiller()`,
             for 256 channels.
-        collected: options of both `FeatureCollector`s, as `tokens`.
+        collected: options of both `FeatureCollector`s, such as `tokens`, or the names of modules.
 
     Raises:
         TypeError: student, teacher or distiller is no module, or has no SAM in it.

@@ -214,6 +214,35 @@ def test_another_distiller():
     assert model(IMAGES, BOXES).loss < 1e-9 * loss  # images may be convolved in another order
 
 
+class Queries(nn.Module):
+    """A model that is no SAM: two queries, each asked of the places of a map."""
+
+    def __init__(self):
+        super().__init__()
+        self.neck = nn.Conv2d(3, 8, 16, 16)
+        self.head = nn.Linear(8, 16)
+
+    def forward(self, images):
+        embedding = self.neck(images)
+        tokens = self.head(embedding.mean((2, 3))).unflatten(1, (2, 8))
+        return torch.einsum("bnd,bdhw->bnhw", tokens, embedding)
+
+
+def test_modules_are_named():
+    torch.manual_seed(0)
+    student, teacher, distiller = Queries(), Queries(), InfoSAMDistiller(8)
+    tokens = "head", lambda output: output.unflatten(1, (2, 8))
+    model = DistilledModel(student, teacher, distiller, image_embedding="neck", mask_tokens=tokens)
+    output, loss = model.train()(IMAGES)
+    with torch.no_grad():
+        of_teacher, of_student = (
+            Features(x.neck(IMAGES), x.head(x.neck(IMAGES).mean((2, 3))).unflatten(1, (2, 8)))
+            for x in (teacher, student)
+        )
+    torch.testing.assert_close(loss.detach(), distiller(of_teacher, of_student).detach())
+    assert output.shape == (3, 2, 4, 4)
+
+
 SHARED = tiny_hf_sam()
 WRONG = {
     "a path": ((tiny_hf_sam(), "teacher"), {}, TypeError, "`teacher` must be a torch.nn.Module"),
