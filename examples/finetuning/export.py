@@ -3,15 +3,22 @@
 That is a file for segment_anything and sam2: `python examples/finetuning/export.py runs/leaf
 leaf.pth`. For transformers it is a folder, with the JSON files that were in the folder of
 `--model`, which are those of the processor.
+
+With `--adapter` it is a folder that `peft.PeftModel.from_pretrained` adds to the official model:
+`python examples/finetuning/export.py runs/leaf leaf-adapter --adapter --push-to me/leaf-adapter`.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from parts.errors import plain_errors
 from parts.options import add_moved, place, whole
+
+if TYPE_CHECKING:
+    from parts.models.segmenter import Segmenter
 
 LOADING = {
     "sam": "sam_model_registry[{!r}](checkpoint={!r})",
@@ -26,8 +33,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=place, help="the --output of a fine-tuning script")
     parser.add_argument("path", type=place, help="where to write")
     parser.add_argument("--epoch", type=whole(0), help="another epoch than the best")
+    group = parser.add_argument_group("to share it")
+    group.add_argument(
+        "--adapter", action="store_true", help="write an adapter of PEFT, with a model card"
+    )
+    group.add_argument(
+        "--push-to", metavar="OWNER/NAME", help="where to upload the adapter on the Hub, too"
+    )
+    group.add_argument(
+        "--base-model", metavar="OWNER/NAME", help="what the Hub calls --model, for the model card"
+    )
     add_moved(parser, data=False)
     arguments = parser.parse_args(argv)
+    if not arguments.adapter and (arguments.push_to or arguments.base_model):
+        parser.error("--push-to and --base-model need --adapter")
     with plain_errors():
         from parts.files import refuse_existing
         from parts.models.adaptation import NOT_MERGED
@@ -35,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         refuse_existing([arguments.path])
         student, options = load_run(arguments.run, arguments.epoch, arguments)
+        if arguments.adapter:
+            share(student, options, arguments)
+            return
         export(student, options, arguments.path)
     print(f"{options.model} with {options.method}: {arguments.path}")
     if options.method in NOT_MERGED:
@@ -43,6 +65,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif options.model not in ("small", "tiny"):
         print(f"Next: {LOADING[options.package].format(options.model, arguments.path)}")
     print("Its single mask was trained: call the predictor with multimask_output=False.")
+
+
+def share(student: Segmenter, options: argparse.Namespace, arguments: argparse.Namespace) -> None:
+    """Write the student as an adapter of PEFT, and upload it if that is asked for."""
+    from parts.runs.adapter import check_asked, push, save_adapter
+    from parts.runs.card import model_card, read_scores
+    from parts.runs.checkpoint import best_epoch
+
+    check_asked(options, (arguments.push_to, arguments.base_model))
+    epoch = best_epoch(arguments.run) if arguments.epoch is None else arguments.epoch
+    scores = read_scores(arguments.run, epoch)
+    place = arguments.push_to or arguments.path.name
+    card = model_card(student, options, scores, place, arguments.base_model)
+    save_adapter(student, options, card, arguments.path)
+    print(f"{options.model} with {options.method}: {arguments.path}, see README.md there")
+    if arguments.push_to is not None:
+        print(push(arguments.path, arguments.push_to))
 
 
 if __name__ == "__main__":

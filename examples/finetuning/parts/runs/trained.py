@@ -82,7 +82,8 @@ def merge_lora(model: nn.Module) -> None:
             model.set_submodule(name, layer.get_base_layer())
         elif isinstance(layer, PartLoRA):
             qkv = model.get_submodule(name.removesuffix(".parts"))
-            qkv.weight.data += layer.weight()
+            down, up = layer.factors()
+            qkv.weight.data += up @ down
             del qkv.parts
 
 

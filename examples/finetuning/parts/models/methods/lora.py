@@ -53,9 +53,14 @@ class PartLoRA(nn.Module):
         # PEFT and nn.Linear draw their weights from the same range.
         nn.init.uniform_(self.down, -(qkv.in_features**-0.5), qkv.in_features**-0.5)
 
-    def weight(self) -> Tensor:
-        """Return what is added to the weight of the layer, shape (3 D, D)."""
-        return self.placed((self.up @ self.down).permute(2, 0, 1)).T
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return the factors of one LoRA that does the same, (R, D) and (3 D, R).
+
+        Its rank R is the sum of those of all parts.
+        """
+        blocks = torch.block_diag(*self.up)
+        up = self.placed(blocks.T.unflatten(1, self.up.shape[:2])).T
+        return self.down.flatten(0, 1), up
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what is added to the output of the layer, shape (..., 3 D)."""
