@@ -99,8 +99,10 @@ def test_the_library_imports_without_numpy_and_without_a_warning():
 
 
 def test_the_core_imports_torch_and_einops_alone():
-    allowed = {"renyi_kd", "torch", "einops"}
     for module in set(ORDER) - set(KERNELS):
+        allowed = {"renyi_kd", "torch", "einops"}
+        if module == "infosam.hub":  # it imports them when they are first needed, see test_hub
+            allowed |= {"huggingface_hub", "safetensors"}
         tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
         for node in ast.walk(tree):
             names = []

@@ -2,7 +2,7 @@
 
 From `information`, the other half of the library, it takes entropies and inner products alone. Its
 files, each of which imports only those before it: operators (fast forms), recognition, features,
-relation, processes, terms, distiller, distilled_model.
+hub, relation, processes, terms, distiller, distilled_model.
 """
 
 from torch.serialization import add_safe_globals

@@ -1,6 +1,7 @@
 """The relation between a SAM's image embedding and its mask tokens (InfoSAM, Eq. 8 and 9)."""
 
-from typing import Literal, TypeAlias, get_args
+from os import PathLike
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 from einops import rearrange
@@ -15,10 +16,12 @@ from renyi_kd._checks import (
     check_same_device,
 )
 from renyi_kd._precision import compute_dtype
+from renyi_kd.infosam.hub import for_hub, from_hub
 from renyi_kd.infosam.operators.folding import fold_query
 from renyi_kd.infosam.operators.scores import relation_scores, unit_length
 
 Residual: TypeAlias = Literal["raw", "normalized"]
+Self = TypeVar("Self", bound="RelationModule")
 
 
 class RelationModule(nn.Module):
@@ -126,6 +129,60 @@ class RelationModule(nn.Module):
     def extra_repr(self) -> str:
         """Return the options, for `repr`."""
         return f"dim={self.dim}, residual={self.residual!r}"
+
+    def save_pretrained(self, save_directory: str | PathLike[str], **options: Any) -> str | None:
+        """Write `model.safetensors`, `config.json` with `dim` and `residual`, and a model card.
+
+        It is the method of huggingface_hub's `PyTorchModelHubMixin`, whose options it takes.
+
+        Args:
+            save_directory: the folder.
+            **options: such as `push_to_hub=True` and `repo_id`.
+
+        Raises:
+            ImportError: the extra `hub` is not installed.
+
+        Example:
+            >>> import os
+            >>> from tempfile import TemporaryDirectory
+            >>> from renyi_kd import RelationModule
+            >>> with TemporaryDirectory() as folder:
+            ...     RelationModule(dim=8).save_pretrained(folder)
+            ...     sorted(os.listdir(folder))
+            ['README.md', 'config.json', 'model.safetensors']
+        """
+        config = {"dim": self.dim, "residual": self.residual}
+        page: str | None = for_hub(self, config).save_pretrained(save_directory, **options)
+        return page
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face Hub; return the commit's page.
+
+        Args:
+            repo_id: the repository, `"owner/name"`. It is made if there is none.
+            **options: those of `PyTorchModelHubMixin.push_to_hub`, such as `private=True`.
+
+        Raises:
+            ImportError: the extra `hub` is not installed.
+        """
+        config = {"dim": self.dim, "residual": self.residual}
+        return str(for_hub(self, config).push_to_hub(repo_id, **options))
+
+    @classmethod
+    def from_pretrained(cls: type[Self], name: str | PathLike[str], **options: Any) -> Self:
+        """Return the module that `save_pretrained` wrote, or `push_to_hub` uploaded, in eval mode.
+
+        Args:
+            name: a folder, or `"owner/name"` on the Hub.
+            **options: those of `PyTorchModelHubMixin.from_pretrained`, such as `revision`, and
+                arguments of the class that are to differ from those in `config.json`.
+
+        Raises:
+            ImportError: the extra `hub` is not installed.
+            RuntimeError: the weights are not those of such a module.
+        """
+        module: Self = from_hub(cls, str(name), **options)
+        return module
 
 
 def _is_plain(layer: nn.Module, kind: type[nn.Module], *shape: int) -> bool:
