@@ -54,6 +54,7 @@ SAM2_SIZES = ("t", "s", "b+", "l")
 SAM2_MODELS = (*(f"{v}_hiera_{size}" for v in ("sam2.1", "sam2") for size in SAM2_SIZES), "tiny")
 MOST_POINTS = 1000  # of a prompt
 LARGEST = 1e30  # so that float32 can hold products of it
+TRACKERS = ("tensorboard", "wandb", "trackio")
 SMALL_TRANSFORMERS = ("tiny-sam", "tiny-sam2")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
 MODELS = {"sam": SAM_MODELS, "sam2": SAM2_MODELS}
@@ -191,6 +192,13 @@ def parse_training(
     group.add_argument("--workers", type=whole(0, 1024), default=2, help="processes that read")
     group.add_argument("--threads", type=whole(1, 1024), help="by default PyTorch's own choice")
     group.add_argument("--log-every", type=whole(1), default=10, help="batches to a row of the log")
+    group.add_argument(
+        "--track",
+        nargs="*",
+        choices=TRACKERS,
+        default=["tensorboard"],
+        help="who else gets the figures of the log; without a name, nobody",
+    )
     group.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     options = parser.parse_args(argv)
 

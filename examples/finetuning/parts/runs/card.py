@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from parts.files import read_json
 from parts.models.segmenter import Segmenter
 from parts.options import SMALL_TRANSFORMERS
-from parts.runs.folder import STUDENT, TEACHER, places
+from parts.runs.folder import settings
 
 PACKAGES = {"sam": "segment_anything", "sam2": "sam2", "huggingface": "transformers"}
 # What the Hub calls the sizes of SAM and SAM2.
@@ -110,11 +110,10 @@ def model_card(
         pipeline_tag="mask-generation",
         tags=["segment-anything", "lora", *(["infosam"] if with_loss else [])],
     )
-    hidden = {*STUDENT, *TEACHER, *places(options), "package", "digests"}
     asked = {
         key: value
-        for key, value in sorted(vars(options).items())
-        if key not in hidden and not (value is None or value is False or value == [])
+        for key, value in sorted(settings(options).items())
+        if not (value is None or value is False or value == [])
     }
     told = (
         ""

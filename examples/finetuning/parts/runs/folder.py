@@ -38,10 +38,10 @@ PLACES = (
     "hq_checkpoint",
 )
 # What is not remembered, as it has no influence on the result.
-FORGOTTEN = ("output", "resume", "threads", "workers", "cpu", "log_every")
+FORGOTTEN = ("output", "resume", "threads", "workers", "cpu", "log_every", "track")
 LOCK = "run.lock"
 # What a new run that did not come to a checkpoint may have left.
-TRACES = (FILE, "training.csv", "validation.csv", "tensorboard", LOCK)
+TRACES = (FILE, "training.csv", "validation.csv", "tensorboard", "wandb", LOCK)
 # What a run writes in one piece, so that a kill may leave an unfinished one.
 WRITTEN = r"(options\.json|training\.csv|validation\.csv|result\.json|epoch-\d+)"
 WRONG = {
@@ -140,6 +140,12 @@ def remembered(options: argparse.Namespace) -> dict[str, Any]:
     """Return what options.json has of the options."""
     asked = {name: value for name, value in vars(options).items() if name not in FORGOTTEN}
     return json.loads(json.dumps(asked, default=str))
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what is remembered of the options without any place, to be shown to others."""
+    hidden = {*places(options), "digests"}
+    return {name: value for name, value in remembered(options).items() if name not in hidden}
 
 
 def check_output(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What a run prints and writes down: progress, tables, and TensorBoard."""
+"""What a run prints and writes down: progress, tables, and what the trackers get of them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import argparse
 import csv
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from parts import files
 from parts.data.tables import Row
-from parts.errors import InputError
+from parts.errors import InputError, first_line
+from parts.runs.folder import settings
 from parts.training.processes import raise_if_any
 
 COLLAPSED = 0.05  # share of the largest entropy, log2 of the batch size
@@ -26,7 +28,7 @@ SKIPPED_STEPS = 16
 
 
 class Logbook:
-    """Write `training.csv`, `validation.csv` and TensorBoard, and look at the figures.
+    """Write `training.csv` and `validation.csv`, tell the trackers, and look at the figures.
 
     A collapse of the teacher's relation is reported. A loss that is not finite ends the run.
 
@@ -60,7 +62,7 @@ class Logbook:
             return
         for name in TABLES:
             keep_until(self.folder / f"{name}.csv", step)
-        self.tensorboard = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1)
+        self.trackers = start_trackers(options, step)
         self.bar = tqdm(total=options.epochs * batches, initial=step, ncols=80)
 
     def training(self, index: list[int], figures: dict[str, Tensor], learning_rate: float) -> None:
@@ -156,13 +158,14 @@ class Logbook:
         )
 
     def close(self) -> None:
-        """End the progress bar, and close the files of TensorBoard."""
+        """End the progress bar and the trackers."""
         if not self.silent:
             self.bar.close()
-            self.tensorboard.close()
+            for tracker in self.trackers:
+                tracker.finish()
 
     def write(self, name: str, values: dict[str, float]) -> None:
-        """Append a row to `<name>.csv`, and to TensorBoard."""
+        """Append a row to `<name>.csv`, and give it to the trackers."""
         path = self.folder / f"{name}.csv"
         new = not path.exists()
         with path.open("a", newline="", encoding="utf-8") as file:
@@ -170,9 +173,43 @@ class Logbook:
             if new:
                 table.writerow(["step", *values])
             table.writerow([self.step, *values.values()])
-        for key, value in values.items():
-            self.tensorboard.add_scalar(f"{name}/{key}", value, self.step)
-        self.tensorboard.flush()
+        named = {f"{name}/{key}": value for key, value in values.items()}
+        for tracker in self.trackers:
+            tracker.log(named, step=self.step)
+
+
+def check_trackers(options: argparse.Namespace) -> None:
+    """Raise `InputError` if the package of a tracker is not installed."""
+    for name in options.track:
+        if find_spec(name) is None:
+            raise InputError(
+                f"--track {name} needs the package {name}; install it with `pip install {name}`, "
+                "or leave it out"
+            )
+
+
+def start_trackers(options: argparse.Namespace, step: int) -> list[GeneralTracker]:
+    """Return the trackers that were asked for, which go on after a step.
+
+    The project is named after the folder that the run is in, and the run after its own.
+
+    Raises:
+        InputError: If a tracker does not start, as one that needs an account may not.
+    """
+    project, name = options.output.parent.name or "runs", options.output.name
+    about = {"name": name, "config": settings(options)}
+    kinds = {
+        "tensorboard": TensorBoardTracker("tensorboard", options.output, purge_step=step + 1),
+        "wandb": WandBTracker(project, dir=options.output, **about),
+        "trackio": TrackioTracker(project, resume="allow" if step else "never", **about),
+    }
+    trackers = [kinds[name] for name in dict.fromkeys(options.track)]
+    try:
+        for tracker in trackers:
+            tracker.start()
+    except Exception as error:  # each raises errors of its own types
+        raise InputError(f"--track {tracker.name}: {first_line(error)}") from error
+    return trackers
 
 
 def check_tables(options: argparse.Namespace) -> None:

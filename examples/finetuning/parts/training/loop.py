@@ -34,7 +34,7 @@ from parts.runs import checkpoint
 from parts.runs.folder import check_output, digest_of_data, record, running
 from parts.runs.trained import teacher_and_student
 from parts.training.cache import teacher_encoder
-from parts.training.logbook import Logbook, check_tables
+from parts.training.logbook import Logbook, check_tables, check_trackers
 from parts.training.loss import structure_loss
 from parts.training.point_loss import point_loss
 from parts.training.processes import accelerate, from_main_process
@@ -48,6 +48,7 @@ def train(options: argparse.Namespace) -> None:
             there is no checkpoint yet, everything that was written is removed.
     """
     accelerator = accelerate(options)
+    check_trackers(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     from_main_process(check_output, options)
