@@ -105,7 +105,13 @@ def parse_training(
         "--hq-checkpoint", type=place, help="a released HQ-SAM that --method hq-sam starts from"
     )
 
-    add_data(parser.add_argument_group("data"))
+    group = parser.add_argument_group("data")
+    add_data(group)
+    group.add_argument(
+        "--augment",
+        action="store_true",
+        help="flip, crop and recolour training images at random, as the paper does not",
+    )
     group = parser.add_argument_group("prompts")
     points = whole(1, MOST_POINTS)
     group.add_argument("--prompts", choices=("mixed", "boxes", "points"), default="mixed")
@@ -213,6 +219,11 @@ def parse_training(
         parser.error("--teacher-checkpoint needs --teacher, which says of what size it is")
     if options.hq_checkpoint is not None and options.method != "hq-sam":
         parser.error(f"--hq-checkpoint needs --method hq-sam, got {options.method}")
+    if options.augment and options.teacher_cache is not None:
+        parser.error(
+            "--teacher-cache keeps what the teacher sees of an image, which --augment changes in "
+            "every epoch; leave one of them out"
+        )
     check_distillation(parser, options)
     return options
 

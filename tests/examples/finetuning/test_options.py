@@ -49,6 +49,8 @@ WRONG = {
     "--points 1001": "--points: must be at most 1000, got 1001",
     "--eval-points 1001": "--eval-points: must be at most 1000, got 1001",
     "--model vit_b": "--checkpoint is needed for vit_b",
+    "--augment --teacher-cache c": "--augment changes in every epoch; leave one of them out",
+    "--track aim": "--track: invalid choice: 'aim'",
     "--epoch 1 --metod lora": "unrecognized arguments: --metod lora",
 }
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import masks_to_boxes
 
+from parts.data.augmentation import augmented
 from parts.data.frame import Frame
 from parts.data.reading import TWO_VALUED, Reading, read_image, read_mask
 from parts.data.tables import Row, Splits
@@ -37,7 +38,13 @@ Sample = tuple[Tensor, Tensor, Tensor, Tensor, int, Tensor, Tensor]  # of a batc
 
 
 class MaskedImages(Dataset[Sample]):
-    """The rows of a split, read for a model."""
+    """The rows of a split, read for a model.
+
+    Attributes:
+        seed: What random changes of the images are drawn by, or None to leave them as they are.
+    """
+
+    seed: int | None = None
 
     def __init__(self, rows: list[Row], frame: Frame, reading: Reading = TWO_VALUED) -> None:
         self.rows, self.frame, self.reading = rows, frame, reading
@@ -50,15 +57,18 @@ class MaskedImages(Dataset[Sample]):
         """Return the parts of a `Batch` for one row."""
         row, frame = self.rows[index], self.frame
         image, mask = read_image(row.image, self.reading), read_mask(row.label, self.reading)
-        truth, known = torch.from_numpy(mask.object), torch.from_numpy(mask.known)
-        extent = mask.object.shape
-        box = frame.boxes(masks_to_boxes(truth[None])[0], *extent)
-        scaled = frame.mask(mask.object)
-        valid = frame.valid(*extent)
+        pictures = image.rgb, mask.object, mask.known
+        if self.seed is not None:
+            pictures = augmented(*pictures, self.seed, index)
+        rgb, found, seen = pictures
+        truth, known = torch.from_numpy(found), torch.from_numpy(seen)
+        box = frame.boxes(masks_to_boxes(truth[None])[0], *found.shape)
+        scaled = frame.mask(found)
+        valid = frame.valid(*found.shape)
         if not known.all():
             # What is ignored touches the object, of which nothing may be lost.
-            valid &= scaled | ~frame.mask(~mask.known)
-        return frame.image(image.rgb), scaled, valid, box, index, truth, known
+            valid &= scaled | ~frame.mask(~seen)
+        return frame.image(rgb), scaled, valid, box, index, truth, known
 
 
 def loaders(

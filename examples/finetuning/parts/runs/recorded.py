@@ -34,6 +34,7 @@ LATER: dict[str, Any] = {
     "start_weight": 0.0,
     "shuffled_teacher": False,
     "validate_every": 1,
+    "augment": False,
 }
 Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and as a test
 
@@ -121,6 +122,7 @@ RULES: dict[str, Rule] = {
     "point_loss": TRUTH,
     "start_weight": NUMBER,
     "shuffled_teacher": TRUTH,
+    "augment": TRUTH,
     "epochs": whole(1),
     "validate_every": whole(1),
     "batch_size": whole(1),

@@ -141,6 +141,8 @@ def fit(
         seed = (1000 * options.seed + epoch) % (2**32 - options.processes)
         set_seed(seed, device_specific=True)
         order.manual_seed(seed)
+        if options.augment:
+            train.dataset.seed = seed
         trained.train()
         began = time.perf_counter()
         with (
