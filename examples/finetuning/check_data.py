@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_data(parser, arguments)
     elif arguments.recipe is None:
         parser.error(f"give a name after {arguments.folder}, or --data before it")
-    elif (arguments.data, arguments.images, arguments.masks) != (None, None, None):
+    elif {arguments.data, arguments.images, arguments.masks, arguments.coco} != {None}:
         parser.error("give either a folder and a name, or --data, or --images and --masks")
     with plain_errors():
         from parts.data.check import read_data

@@ -48,9 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--average must be from 0 to 1, got {max(arguments.average):g}")
     if arguments.points is not None and arguments.prompts != "points":
         parser.error("--points needs --prompts points")
-    moved = (arguments.moved_data, arguments.moved_images, arguments.moved_masks)
-    if arguments.on is not None and moved != (None, None, None):
-        parser.error("--on takes other data, so that --data, --images and --masks have no use")
+    moved = {getattr(arguments, f"moved_{name}") for name in ("data", "images", "masks", "coco")}
+    if arguments.on is not None and moved != {None}:
+        parser.error(
+            "--on takes other data, so that --data, --images, --masks and --coco have no use"
+        )
     with plain_errors():
         from parts.evaluation.comparison import compare
 

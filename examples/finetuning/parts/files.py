@@ -1,4 +1,7 @@
-"""Files and folders that appear whole or not at all, and never take the place of another."""
+"""Files and folders that appear whole or not at all, and never take the place of another.
+
+By hand, as the packages for atomic files know no folders.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +94,10 @@ def read_json(path: Path) -> Any:
 
 
 def digest(path: Path) -> str:
-    """Return a name for the content of a file."""
+    """Return a name for the content of a file.
+
+    `hashlib.file_digest` does the same from Python 3.11 on.
+    """
     state = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(2**20):

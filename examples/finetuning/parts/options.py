@@ -266,6 +266,7 @@ def add_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--test-table", default=TEST_TABLE, help="table of the test images")
     group.add_argument("--images", type=place, help="instead of --data: a folder of images")
     group.add_argument("--masks", type=place, help="with --images: masks of the same names")
+    group.add_argument("--coco", type=place, help="with --images: a file of COCO's instances")
     group.add_argument(
         "--foreground",
         type=values,
@@ -285,9 +286,10 @@ def add_data(group: argparse._ArgumentGroup) -> None:
 
 def require_data(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End the program unless the options say where images and masks are."""
-    given = [folder is not None for folder in (options.data, options.images, options.masks)]
-    if given not in ([True, False, False], [False, True, True]):
-        parser.error("give either --data or both --images and --masks")
+    names = ("data", "images", "masks", "coco")
+    given = {name for name in names if getattr(options, name) is not None}
+    if given not in ({"data"}, {"images", "masks"}, {"images", "coco"}):
+        parser.error("give either --data or both --images and --masks, or --images and --coco")
 
 
 def add_image_range(group: argparse._ActionsContainer) -> None:
@@ -333,7 +335,7 @@ def add_moved(parser: argparse.ArgumentParser, *, data: bool) -> None:
     }
     if data:
         places |= {"data": "the folder of tables", "images": "the folder of images"}
-        places |= {"masks": "the folder of masks"}
+        places |= {"masks": "the folder of masks", "coco": "the file of COCO's instances"}
     for name, meaning in places.items():
         dest = f"moved_{name.replace('-', '_')}"
         group.add_argument(f"--{name}", dest=dest, type=place, metavar="PATH", help=meaning)

@@ -312,7 +312,7 @@ def test_check_data_of_ones_own(folder: Path, capsys) -> None:
     *_, first, second = [line for line in str(error.value).splitlines() if "train " in line]
     assert "is empty, values 0 and 1; leave it and its image out" in first
     assert first < second
-    with pytest.raises(SystemExit, match=r"--test-table is for --data, got t.csv with --images"):
+    with pytest.raises(SystemExit, match=r"--test-table is for --data, got t.csv; leave"):
         check_data.main([*asked, "--test-table", "t.csv"])
 
 

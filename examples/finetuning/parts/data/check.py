@@ -15,10 +15,12 @@ import numpy as np
 from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
+from parts.data.coco import read_coco
 from parts.data.reading import (
     TWO_VALUED,
     UPRIGHT,
     ContentError,
+    ObjectMask,
     ReadImage,
     Reading,
     ReadMask,
@@ -79,14 +81,15 @@ def read_data(options: argparse.Namespace) -> tuple[Splits, Report]:
     Raises:
         InputError: If anything is wrong.
     """
+    if options.data is None and options.test_table != TEST_TABLE:
+        raise InputError(f"--test-table is for --data, got {options.test_table}; leave it out")
     if options.data is not None:
         splits = read_tables(options.data, options.test_table)
+    elif options.coco is not None:
+        if options.foreground or options.ignore:
+            raise InputError("--foreground and --ignore are for --data and --masks; leave them out")
+        splits = read_coco(options.coco, options.images)
     else:
-        if options.test_table != TEST_TABLE:
-            raise InputError(
-                f"--test-table is for --data, got {options.test_table} with --images and --masks; "
-                "leave it out"
-            )
         folders = options.images, options.masks
         for folder, other in (folders, folders[::-1]):
             deeper = files_below(folder, other)
@@ -141,7 +144,7 @@ def check_row(row: Row, reading: Reading) -> Checked:
         problems.append(unreadable(row.source, "image", row.image, error))
     try:
         mask = read_mask(row.label, reading)
-        digests[1] = digest(row.label)
+        digests[1] = digest_of_mask(row.label)
     except (ContentError, OSError) as error:
         problems.append(unreadable(row.source, "mask", row.label, error))
     if mask is not None and not mask.object.any():
@@ -167,7 +170,14 @@ def check_row(row: Row, reading: Reading) -> Checked:
     )
 
 
-def unreadable(source: str, what: str, path: Path, error: ContentError | OSError) -> Problem:
+def digest_of_mask(label: Path | ObjectMask) -> str:
+    """Return a name for the content of a mask."""
+    if isinstance(label, ObjectMask):
+        return hashlib.sha256(repr((label.size, label.counts)).encode()).hexdigest()
+    return digest(label)
+
+
+def unreadable(source: str, what: str, path: object, error: ContentError | OSError) -> Problem:
     """Return why a file cannot be used, which is an image or a mask and named in a row."""
     if isinstance(error, FileNotFoundError):
         return Problem(f"a missing {what}", f"{source}: {what} {path} is missing")

@@ -2,7 +2,8 @@
 
 A mask is two-valued, or it is refused with the values that were found. A label map that was read as
 a soft mask would train on half of the objects without a word. Where the rule cannot know, the user
-says which values are foreground, which are ignored, and which range an image has.
+says which values are foreground, which are ignored, and which range an image has. No library that
+reads images makes that promise, and Pillow, which opens the files here, loads some of them as less.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from PIL.TiffImagePlugin import (
     SAMPLEFORMAT,
     TiffImageFile,
 )
+from pycocotools.mask import decode
 from scipy.ndimage import maximum_filter, minimum_filter
 
 from parts.errors import first_line
@@ -97,6 +99,18 @@ class ReadMask(NamedTuple):
     known: Mask  # (H, W), False where the values are ignored
     kind: str  # what the file holds, in words
     turned: int  # the orientation of EXIF, by which it was turned upright
+
+
+class ObjectMask(NamedTuple):
+    """A mask that is one of many in a file of COCO, in its run-length code."""
+
+    source: str  # which of them it is, in words
+    size: tuple[int, int]  # height and width
+    counts: bytes
+
+    def __str__(self) -> str:
+        """Return which mask it is."""
+        return self.source
 
 
 class _Loaded(NamedTuple):
@@ -182,8 +196,8 @@ def _read_deep(values: Values, mode: str, reading: Reading) -> tuple[NDArray[np.
     return np.stack([grey] * 3, axis=-1), f"range {low:g} to {high:g}"
 
 
-def read_mask(path: Path, reading: Reading = TWO_VALUED) -> ReadMask:
-    """Read a mask.
+def read_mask(label: Path | ObjectMask, reading: Reading = TWO_VALUED) -> ReadMask:
+    """Read a mask, from a file of its own or from its run-length code.
 
     Without `foreground`, it must be two-valued: zero for the background and one other value for the
     object. Values in between may only be the remains of JPEG, or a soft edge.
@@ -192,7 +206,10 @@ def read_mask(path: Path, reading: Reading = TWO_VALUED) -> ReadMask:
         ContentError: If it is not two-valued, naming the values, or has several pages or frames.
         OSError: If Pillow cannot read it.
     """
-    upright, kind_of_file, turned = _load(path)
+    if isinstance(label, ObjectMask):
+        found = decode({"size": [*label.size], "counts": label.counts}).astype(bool)
+        return ReadMask(found, np.ones_like(found), "objects of COCO", UPRIGHT)
+    upright, kind_of_file, turned = _load(label)
     jpeg = kind_of_file in ("JPEG", "MPO")
     values = _mask_values(upright, jpeg, as_numbers=bool(reading.foreground or reading.ignore))
     if values.dtype.kind == "f" and not np.isfinite(values).all():

@@ -7,12 +7,15 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from parts.errors import InputError, describe
 from parts.options import SPLITS
+
+if TYPE_CHECKING:
+    from parts.data.reading import ObjectMask
 
 SHOWN = 10  # problems of one kind
 FEWEST_PAIRS = 10
@@ -22,7 +25,7 @@ class Row(NamedTuple):
     """An image, its mask, and the place in a table where they are listed."""
 
     image: Path
-    label: Path
+    label: Path | ObjectMask
     source: str
 
 

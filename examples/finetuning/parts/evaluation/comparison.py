@@ -92,8 +92,8 @@ def models(arguments: argparse.Namespace) -> list[Asked]:
         if run.resolve() in runs:
             print(f"{run} is the run {runs[run.resolve()].run}, and is evaluated once.")
             continue
-        names = ("data", "test_table", "images", "masks", "foreground", "ignore", "image_range")
-        key = str([getattr(options, name) for name in names])
+        names = ("data", "test_table", "images", "masks", "coco")
+        key = str([getattr(options, name) for name in names] + [reading_of(options)])
         if key not in read:
             read[key] = read_data(options)
         splits, report = read[key]
@@ -129,6 +129,7 @@ def replace_options(options: argparse.Namespace, arguments: argparse.Namespace) 
     """Put what the command line says of data and prompts in place of what a run says."""
     if arguments.on is not None:
         options.data, options.images, options.masks = arguments.on, None, None
+        options.coco = None
         options.foreground, options.ignore, options.image_range = [], [], None
         options.test_table = TEST_TABLE
     options.test_table = arguments.test_table or options.test_table

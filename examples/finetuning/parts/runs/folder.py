@@ -31,6 +31,7 @@ PLACES = (
     "data",
     "images",
     "masks",
+    "coco",
     "checkpoint",
     "teacher_checkpoint",
     "teacher_cache",

@@ -35,6 +35,7 @@ LATER: dict[str, Any] = {
     "shuffled_teacher": False,
     "validate_every": 1,
     "augment": False,
+    "coco": None,
 }
 Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and as a test
 
@@ -101,6 +102,7 @@ RULES: dict[str, Rule] = {
     "data": PLACE,
     "images": PLACE,
     "masks": PLACE,
+    "coco": PLACE,
     "test_table": TEXT,
     "foreground": SPANS,
     "ignore": SPANS,
@@ -152,7 +154,7 @@ def read_recorded(folder: Path) -> dict[str, Any]:
     if content["package"] in [*MODELS]:
         rules["model"] = one_of(MODELS[content["package"]])
         rules["teacher"] = or_null(rules["model"])
-    if content["images"] is None or content["masks"] is None:
+    if content["images"] is None or (content["masks"] or content["coco"]) is None:
         rules["data"] = ("a path", is_text)
     for name, (words, is_right) in rules.items():
         if not is_right(content[name]):

@@ -1,4 +1,7 @@
-"""The teacher's image embeddings, computed once and kept on disk."""
+"""The teacher's image embeddings, computed once and kept on disk.
+
+By hand, so that the space for all of them is reserved before the first is written.
+"""
 
 from __future__ import annotations
 

@@ -30,6 +30,8 @@ SKIPPED_STEPS = 16
 class Logbook:
     """Write `training.csv` and `validation.csv`, tell the trackers, and look at the figures.
 
+    The tables are written by hand, as no tracker takes back what a resumed run writes again.
+
     A collapse of the teacher's relation is reported. A loss that is not finite ends the run.
 
     Args:
