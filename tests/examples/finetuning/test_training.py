@@ -7,7 +7,6 @@ import math
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,7 +39,7 @@ from parts.evaluation import scores
 from parts.models import segmenter
 from parts.models.adaptation import adapt
 from parts.models.methods.adapters import PLACES
-from parts.options import METHODS
+from parts.options import METHODS, parse_training
 from parts.runs import trained as trained_students
 from parts.runs.trained import load_run
 from parts.training import loop
@@ -147,8 +146,10 @@ def log(tmp_path: Path) -> Callable[..., Logbook]:
     logs = []
 
     def make(**others: bool) -> Logbook:
-        options = Namespace(output=tmp_path, epochs=2, log_every=2, batch_size=2, processes=1)
-        options.distiller = "infosam"
+        asked = ["--model", "tiny", "--data", "data", "--output", str(tmp_path), "--track"]
+        asked += ["--epochs", "2", "--log-every", "2", "--batch-size", "2"]
+        options = parse_training("", asked, "sam")
+        options.processes = 1
         rows = [Row(Path(f"{i}.jpg"), Path(f"{i}.png"), str(i)) for i in range(6)]
         logs.append(Logbook(options, rows, batches=3, **others))
         return logs[-1]
