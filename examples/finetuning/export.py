@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if not arguments.adapter and (arguments.push_to or arguments.base_model):
         parser.error("--push-to and --base-model need --adapter")
+    if arguments.adapter and arguments.epoch == 0:
+        parser.error("--adapter needs an --epoch of training, got 0")
     with plain_errors():
         from parts.files import refuse_existing
         from parts.models.adaptation import NOT_MERGED
