@@ -70,8 +70,10 @@ def train(model: Model, data: Data, steps: int, name: str, teacher: Model | None
     """Train a model in place, and distil a teacher into it if there is one; return it."""
     torch.manual_seed(0)  # both students see the same batches
     distiller = InfoSAMDistiller(dim=DIM)
-    optimizer = torch.optim.AdamW([*model.parameters(), *distiller.parameters()], lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1)
+    optimizer = torch.optim.AdamW([*model.parameters(), *distiller.parameters()], lr=3e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 30) * (1 - step / steps)
+    )
     classes = [torch.zeros(1, dtype=torch.long)] * BATCH_SIZE
     model.train()
     of_teacher = nullcontext() if teacher is None else collector(teacher)
@@ -110,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pretraining", type=int, default=600, help="steps of the teacher")
+    parser.add_argument("--pretraining", type=int, default=400, help="steps of the teacher")
     parser.add_argument("--steps", type=int, default=100, help="steps of each student")
     parser.add_argument("--samples", type=int, default=32, help="pictures with other colours")
     args = parser.parse_args(argv)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias, get_args
+from typing import Any, NamedTuple, get_args
 from weakref import WeakSet, ref
 
 import torch
@@ -11,15 +11,15 @@ from torch.utils.hooks import RemovableHandle
 
 from renyi_kd._checks import check_choice, check_floating, check_integer
 from renyi_kd.infosam.recognition import (
+    Named,
     Tokens,
     described,
     image_embedding_of,
     mask_tokens_of,
     modules_named,
+    name_and_function,
     recognise,
 )
-
-Named: TypeAlias = str | tuple[str, Callable[[Any], Tensor]]
 
 
 class Features(NamedTuple):
@@ -80,9 +80,9 @@ class FeatureCollector:
         max_samples: how many samples are held at most.
 
     Raises:
-        TypeError: `model` is not, and does not contain, a SAM, and no modules are named. While
-            collecting: a module returns something in which image embedding or mask tokens cannot be
-            told.
+        TypeError: `model` is not, and does not contain, a SAM, and no modules are named; or what
+            should name one does not. While collecting: a module returns something in which image
+            embedding or mask tokens cannot be told.
         ValueError: only one of `image_embedding` and `mask_tokens`, a name that no module or more
             than one has, an unknown `tokens`, or `max_samples` < 1. While collecting: it cannot be
             told which prompt is of which image, which also empties the collector; or named modules
@@ -104,10 +104,10 @@ class FeatureCollector:
         change no output and never wait for the device. Copies of the model, by `copy.deepcopy`,
         `pickle` or `torch.save`, have hooks that do nothing.
 
-        The image encoder may run under activation checkpointing, and so may named modules, but
-        neither the mask decoder nor the whole model. Where the embedding is taken from what the
-        decoder is given, it includes the no-memory embedding. That is so for `Sam2Model`,
-        `EdgeTamModel` and `Sam3TrackerModel` of transformers, and for sam3's tracker.
+        The image encoder may run under activation checkpointing, and so may named modules if it is
+        not reentrant, but neither the mask decoder nor the whole model. Where the embedding is
+        taken from what the decoder is given, it includes the no-memory embedding. That is so for
+        `Sam2Model`, `EdgeTamModel` and `Sam3TrackerModel` of transformers, and for sam3's tracker.
 
     Example:
         A training loop, in which `segment` runs encoder and decoder of a model::
@@ -153,12 +153,13 @@ class FeatureCollector:
             )
         self._pauses = 0
         self._batch = 0  # the number of samples of the batch that was popped last
-        self._named: dict[str, Named] = {}
+        self._named: dict[str, tuple[str, Callable[[Any], Any]]] = {}
         self.clear()
         if image_embedding is None or mask_tokens is None:
             self._handles = self._hooks_of_sam(model, tokens)
         else:
-            self._named = {"image_embedding": image_embedding, "mask_tokens": mask_tokens}
+            halves = {"image_embedding": image_embedding, "mask_tokens": mask_tokens}
+            self._named = {half: name_and_function(half, named) for half, named in halves.items()}
             self._handles = self._hooks_of_named(model)
         _open.add(self)
 
@@ -179,8 +180,8 @@ class FeatureCollector:
     def _hooks_of_named(self, model: nn.Module) -> list[RemovableHandle]:
         found = [
             (module, _Hook(self, f"_after_{half}"))
-            for half, named in self._named.items()
-            for module in modules_named(model, half, named if isinstance(named, str) else named[0])
+            for half, (name, _) in self._named.items()
+            for module in modules_named(model, half, name)
         ]
         return [
             model.register_forward_pre_hook(_Hook(self, "_before_call")),
@@ -385,16 +386,14 @@ class FeatureCollector:
 
     def _read(self, half: str, output: Any) -> Tensor:
         """Return the image embedding or the mask tokens that a named module has returned."""
-        named = self._named[half]
-        name, function = (named, None) if isinstance(named, str) else named
-        value = output if function is None else function(output)
+        name, function = self._named[half]
+        value = function(output)
         words, ranks = SHAPES[half]
         if not (isinstance(value, Tensor) and value.is_floating_point() and value.ndim in ranks):
-            what = "the module" if function is None else "the function of the output of"
             raise TypeError(
-                f"`{half}`: {what} {name} must return a tensor of floating point of shape {words}, "
-                f"got {described(value)}. Give {half}=({name!r}, function) with a function that "
-                f"makes it of the module's output."
+                f"`{half}` of {name} must be a tensor of floating point of shape {words}, got "
+                f"{described(value)}. Give {half}=({name!r}, function) with a function that makes "
+                f"it of the module's output."
             )
         return value
 

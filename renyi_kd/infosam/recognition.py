@@ -1,13 +1,14 @@
 """Which modules of a model give the image embedding and the mask tokens."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
 Tokens: TypeAlias = Literal["single", "all"]
+Named: TypeAlias = str | tuple[str, Callable[[Any], Tensor]]
 
 BY_NAMES = (
     "Of any other model, name the modules: FeatureCollector(model, image_embedding=..., "
@@ -91,7 +92,8 @@ def mask_tokens_of(decoder: Any, tokens: Tokens) -> slice:
     end = first + decoder.num_mask_tokens
     if tokens == "all":
         return slice(first, end)
-    is_hq = decoder.num_mask_tokens > decoder.num_multimask_outputs + 1
+    usual = 1 + getattr(decoder, "num_multimask_outputs", decoder.num_mask_tokens)
+    is_hq = decoder.num_mask_tokens > usual
     return slice(end - 1, end) if is_hq else slice(first, first + 1)
 
 
@@ -114,6 +116,23 @@ def image_embedding_of(output: object) -> Tensor:
             f"{described(output)}. {BY_NAMES}"
         )
     return maps[0]
+
+
+def name_and_function(argument: str, named: object) -> tuple[str, Callable[[Any], Any]]:
+    """Return the name of a module and what to make of its output.
+
+    Raises:
+        TypeError: `named` is neither a name nor a pair of a name and a function.
+    """
+    match named:
+        case str():
+            return named, lambda output: output
+        case (str() as name, function) if callable(function):
+            return name, function
+    raise TypeError(
+        f"`{argument}` must be the name of a module, or a pair of its name and a function of its "
+        f"output, got {named!r}."
+    )
 
 
 def modules_named(model: object, argument: str, name: str) -> list[nn.Module]:

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     DetrConfig,
     DetrForObjectDetection,
@@ -173,6 +174,23 @@ def test_an_evaluation_is_left_out():
         assert_close(found, expected)
 
 
+def test_named_modules_may_be_checkpointed():
+    class Checkpointed(Segmenter):
+        def forward(self, images):
+            embedding = checkpoint(self.neck, images, use_reentrant=False)
+            return checkpoint(self.head, self.queries(embedding), use_reentrant=False)
+
+    model = Checkpointed()
+    with FeatureCollector(model, **LINEAR) as collector:
+        for _ in range(2):  # the backward pass of the first runs both again
+            model(IMAGES)
+            features = collector.pop()
+            sum(feature.square().sum() for feature in features).backward()
+    assert model.neck.weight.grad.norm() > 0
+    for found, expected in zip(features, features_of(model), strict=True):
+        assert_close(found, expected)
+
+
 def test_a_call_that_fails_leaves_nothing():
     model = Segmenter()
     with FeatureCollector(model, **LINEAR) as collector:
@@ -255,6 +273,12 @@ def test_names_that_are_refused(options, message):
         FeatureCollector(Segmenter(), **options)
 
 
+@pytest.mark.parametrize("named", [3, ("neck",), ("neck", "head"), (abs, "neck")])
+def test_what_is_no_name_is_refused(named):
+    with pytest.raises(TypeError, match="`mask_tokens` must be the name of a module, or a pair"):
+        FeatureCollector(Segmenter(), image_embedding="neck", mask_tokens=named)
+
+
 def test_what_is_no_module_is_refused():
     with pytest.raises(TypeError, match=r"`model` must be a torch\.nn\.Module, got str"):
         FeatureCollector("model", image_embedding="a", mask_tokens="b")
@@ -266,18 +290,18 @@ def test_what_is_no_module_is_refused():
         (
             {"image_embedding": "neck", "mask_tokens": "head.norm"},
             TypeError,
-            r"`mask_tokens`: the module head\.norm must return .* \(B, N, D\) or \(B, D\), got "
+            r"`mask_tokens` of head\.norm must be .* \(B, N, D\) or \(B, D\), got "
             r"tuple\(a tensor of shape \(3, 5, 32\), str\)\. Give mask_tokens=\('head\.norm', func",
         ),
         (
             LINEAR | {"image_embedding": ("neck", lambda x: x.mean((1, 2, 3)))},
             TypeError,
-            r"`image_embedding`: the function of the output of neck must return .* shape \(3,\)",
+            r"`image_embedding` of neck must be .* got a tensor of shape \(3,\)",
         ),
         (
             LINEAR | {"image_embedding": ("neck", lambda x: x.int())},
             TypeError,
-            "must return a tensor of floating point",
+            "must be a tensor of floating point",
         ),
         (
             LINEAR | {"image_embedding": ("neck", lambda x: x[:1])},
