@@ -79,7 +79,8 @@ def train(model: Model, data: Data, steps: int, name: str, teacher: Model | None
     of_teacher = nullcontext() if teacher is None else collector(teacher)
     with of_teacher as from_teacher, collector(model) as from_student:
         for _ in trange(steps, desc=name):
-            images, masks = (part[torch.randint(len(part), (BATCH_SIZE,))] for part in data)
+            chosen = torch.randint(len(data[0]), (BATCH_SIZE,))
+            images, masks = (part[chosen] for part in data)
             masks = [*masks[:, None]]
             loss = model(pixel_values=images, mask_labels=masks, class_labels=classes).loss
             of_student = from_student.pop()
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pretraining", type=int, default=400, help="steps of the teacher")
+    parser.add_argument("--pretraining", type=int, default=300, help="steps of the teacher")
     parser.add_argument("--steps", type=int, default=100, help="steps of each student")
     parser.add_argument("--samples", type=int, default=32, help="pictures with other colours")
     args = parser.parse_args(argv)

@@ -36,6 +36,18 @@ def test_what_is_distilled_makes_the_masks() -> None:
     assert_close(found, output.masks_queries_logits)
 
 
+def test_pictures_keep_their_masks() -> None:
+    torch.manual_seed(0)
+    model, (images, masks) = query_segmenter.build(), query_segmenter.scenes(4, seed=0)
+    seen = []
+    model.register_forward_pre_hook(lambda *args: seen.append(args[-1]), with_kwargs=True)
+    query_segmenter.train(model, (images, masks), 1, "student")
+    (batch,) = seen
+    for image, mask in zip(batch["pixel_values"], batch["mask_labels"], strict=True):
+        (place,) = (images == image).all((1, 2, 3)).nonzero()
+        assert torch.equal(mask, masks[place])
+
+
 def test_the_teacher_changes_what_a_student_learns() -> None:
     """And nothing else does: both see the same batches."""
     torch.manual_seed(0)
