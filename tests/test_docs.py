@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import SIZE, segment, tiny_sam
+from peft import PeftModel
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -38,8 +39,12 @@ def given_by_readme() -> dict:
 
 
 @pytest.fixture(scope="module")
-def readme() -> dict:
-    return run_blocks(ROOT / "README.md", given_by_readme())
+def readme(tmp_path_factory) -> dict:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("readme"))
+        namespace = run_blocks(ROOT / "README.md", given_by_readme())
+        namespace["loaded"] = PeftModel.from_pretrained(tiny_sam(256), "my-adapter")
+    return namespace
 
 
 def test_readme(readme) -> None:
@@ -50,6 +55,10 @@ def test_readme(readme) -> None:
     assert readme["distiller"].relation.query_proj.weight in readme["optimizer"].state
     torch.testing.assert_close(readme["teacher"].state_dict(), tiny_sam(256).state_dict())
     assert 0 < readme["information"] < 10
+    images, boxes, _ = readme["loader"][0]
+    masks, before = (segment(readme[name].eval(), images, boxes) for name in ("loaded", "teacher"))
+    torch.testing.assert_close(masks, segment(readme["student"].eval(), images, boxes))
+    assert not torch.allclose(masks, before)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
