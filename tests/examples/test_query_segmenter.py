@@ -14,6 +14,7 @@ import query_segmenter
 PROGRAM = Path(query_segmenter.__file__)
 
 
+@pytest.mark.slow
 def test_what_is_printed(capsys) -> None:
     query_segmenter.main(["--pretraining", "2", "--steps", "2", "--samples", "4"])
     header, *rows = capsys.readouterr().out.splitlines()

@@ -97,6 +97,7 @@ torch.save(masks[:, 0, 0], "masks.pt")
 """
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_card_load_it_elsewhere(inputs, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     huggingface.tiny_sam().save_pretrained("official/sam")

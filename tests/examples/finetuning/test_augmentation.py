@@ -80,6 +80,7 @@ def test_boxes_and_valid_places_are_those_of_the_changed_mask(data: Path) -> Non
     assert truth.shape == plain[5].shape
 
 
+@pytest.mark.slow
 def test_runs_agree_whoever_reads_and_whenever_they_stop(
     data: Path, tmp_path: Path, monkeypatch
 ) -> None:

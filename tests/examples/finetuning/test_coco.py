@@ -179,6 +179,7 @@ def test_options_without_use(options: list[str], message: str, folder: Path) -> 
         check_data.main([*asked[:2], "--coco", str(folder)])
 
 
+@pytest.mark.slow
 def test_a_run_on_objects(folder: Path, tmp_path: Path, capsys) -> None:
     moved = tmp_path / "moved.json"
     moved.write_bytes((folder / "instances.json").read_bytes())

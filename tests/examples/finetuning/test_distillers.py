@@ -325,6 +325,7 @@ def test_a_resumed_run_needs_the_same_relation(trained, data: Path, tmp_path: Pa
             run("sam", data, tmp_path / "run", *given, "--epochs", 3, "--resume")
 
 
+@pytest.mark.slow
 def test_pictures_do_not_need_the_origin_of_a_relation_that_learned(
     trained, data: Path, tmp_path: Path
 ) -> None:
