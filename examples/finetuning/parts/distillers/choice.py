@@ -81,12 +81,14 @@ def compared_layers(
     options: argparse.Namespace, teacher: Segmenter, student: Segmenter
 ) -> tuple[list[int], list[int]]:
     """Return the numbers of the teacher's and of the student's blocks that are compared, if any."""
-    if options.distiller == "none" or LAYERS not in KINDS[options.distiller].needs:
-        return [], []
-    return (
+    compares = options.distiller != "none" and LAYERS in KINDS[options.distiller].needs
+    if not compares and options.layers is None and options.teacher_layers is None:
+        return [], []  # an image encoder may have no blocks
+    found = (
         layers_of(teacher, "--teacher-layers", options.teacher_layers),
         layers_of(student, "--layers", options.layers),
     )
+    return found if compares else ([], [])
 
 
 def layers_of(model: Segmenter, option: str, asked: list[int] | None) -> list[int]:
