@@ -267,6 +267,25 @@ def test_copies_of_the_embedding_image_by_image(build):
             assert_close(found, value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("build", [tiny_sam, tiny_hf_sam2], ids=["sam", "hf-sam2"])
+def test_an_evaluation_is_left_out_where_images_have_several_prompts(build):
+    """It is before the batch, with fewer prompts an image, and its samples are counted."""
+    teacher, student = build().requires_grad_(False), build()
+    with torch.no_grad(), FeatureCollector(student) as collector:
+        segment(student, IMAGES, BOXES)
+        expected = collector.pop()
+    with FeatureCollector(teacher) as from_teacher, FeatureCollector(student) as from_student:
+        for _ in range(2):
+            with torch.no_grad():
+                for model in (teacher, student):
+                    segment(model, IMAGES, BOXES[:, :2].flip(0))
+            for model in (teacher, student):
+                segment(model, IMAGES, BOXES)
+            for collector in (from_teacher, from_student):
+                for found, value in zip(collector.pop(), expected, strict=True):
+                    assert_close(found.detach(), value, rtol=1e-4, atol=1e-5)
+
+
 def encoded_one_by_one(model):
     """A batch of three gets into segment_anything's decoder by its dense prompts."""
     embedding = torch.cat([model.image_encoder(image[None]) for image in IMAGES])
