@@ -14,20 +14,21 @@ _Self = TypeVar("_Self", bound="DistilledModel")
 
 
 class DistilledOutput(NamedTuple):
-    """What a `DistilledModel` returns."""
+    """What a `DistilledModel` returns: `output, loss = model(...)`."""
 
     output: Any
     """What the student returned."""
     loss: Tensor | None
-    """The loss of distillation, a scalar. None in evaluation mode, and without gradients."""
+    """The loss of distillation, a scalar to add to your own. None in evaluation mode, and under
+    `torch.no_grad`."""
 
 
 class DistilledModel(nn.Module):
     """A student, its frozen teacher, and the loss of distillation between the two.
 
-    It takes what the student takes. In training it runs the teacher, without gradients, and the
-    student on the same arguments, and adds the loss of distillation to what the student returns. In
-    evaluation mode, and without gradients, it runs the student alone.
+    It takes what the student takes. In training it runs teacher and student on the same arguments,
+    the teacher without gradients. It returns what the student returns, paired with the loss of
+    distillation. In evaluation mode, and under `torch.no_grad`, it runs the student alone.
 
     It can be wrapped and trained like any other module. Its parameters and its state dict are those
     of the student and of the distiller. The teacher is in neither, and stays in evaluation mode. It
@@ -41,10 +42,12 @@ class DistilledModel(nn.Module):
             parameters with the student: copy it before LoRA is added.
         distiller: module of the features of teacher and student. Default: `InfoSAMDistiller()`,
             for 256 channels.
-        collected: options of both `FeatureCollector`s, such as `tokens`, or the names of modules.
+        **collected: options of both `FeatureCollector`s: `tokens`, `max_samples`, or the names
+            `image_embedding` and `mask_tokens`.
 
     Raises:
-        TypeError: student, teacher or distiller is no module, or has no SAM in it.
+        TypeError: student, teacher or distiller is no module; or student or teacher has no SAM in
+            it, and no modules are named.
         ValueError: teacher and student share parameters, or an option of `FeatureCollector` is
             unknown.
 
@@ -53,14 +56,14 @@ class DistilledModel(nn.Module):
         - output: `DistilledOutput`, a pair of what the student returns and the loss.
 
     Note:
-        If the student is wrapped or converted, for instance by peft, do it before. Compile, and
-        wrap by `DistributedDataParallel` or `fully_shard`, after. The distiller's `process_group`
-        gives Gram matrices over the samples of all processes.
+        Wrap or convert the student, for instance by peft, before you give it to this class. Compile
+        the whole of it, or wrap it by `DistributedDataParallel` or `fully_shard`, after. On several
+        processes, give the distiller a `process_group`, so that it compares the samples of all.
 
     Example:
-        A training step, in which `sam` and `teacher` are models of transformers::
+        A training step, in which `student` and `teacher` are models of transformers::
 
-            model = DistilledModel(sam, teacher)
+            model = DistilledModel(student, teacher)
             optimizer = torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
             output, distillation = model(pixel_values=images, input_boxes=boxes)
             loss = segmentation_loss(output.pred_masks, masks) + distillation

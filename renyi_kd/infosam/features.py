@@ -51,7 +51,7 @@ class FeatureCollector:
 
     Passes add up until `pop`. They may be over single images or over batches, and the encoder may
     run over a batch and the decoder image by image. Where an image has several prompts, each of
-    them is a sample with the embedding of its image, image by image.
+    them is a sample with the embedding of its image. The samples of the first image come first.
 
     Each pass of the decoder is matched with an image embedding. If it was given an output of the
     image encoder, or a view of one, that is its embedding. Teacher and student can therefore share
@@ -69,33 +69,34 @@ class FeatureCollector:
         model: the model. Copies of it that are made later are not collected from.
         image_embedding: for a model that is not recognised, the name of the module that returns
             the image embedding, of shape `(B, D, H, W)`, `(B, H, W, D)` or `(B, P, D)`. It is a
-            name of `model.named_modules()`, of which the beginning may be left out if the rest is
-            unique, and so may the parts `original_module` and `modules_to_save.<adapter>` of peft.
-            If the module returns something else, give a pair of its name and a function that makes
-            the embedding of it.
+            name of `model.named_modules()`. Its beginning may be left out if no other name ends in
+            the rest, and so may the parts `original_module` and `modules_to_save.<adapter>` of
+            peft. If the module returns something else, give a pair of its name and a function that
+            makes the embedding of it.
         mask_tokens: in the same way, the module that returns the tokens, `(B, N, D)` or `(B, D)`.
             Give both or neither.
-        tokens: of a SAM, `"single"` for the output token of the single mask, N = 1, which of
-            HQ-SAM is its own token; `"all"` for every mask token.
+        tokens: for a SAM. `"single"` takes the output token of the single mask, N = 1; of HQ-SAM
+            that is its own token. `"all"` takes every mask token.
         max_samples: how many samples are held at most.
 
     Raises:
-        TypeError: `model` is not, and does not contain, a SAM, and no modules are named; or what
-            should name one does not. While collecting: a module returns something in which image
-            embedding or mask tokens cannot be told.
-        ValueError: only one of `image_embedding` and `mask_tokens`, a name that no module or more
-            than one has, an unknown `tokens`, or `max_samples` < 1. While collecting: it cannot be
+        TypeError: `model` is no SAM and contains none, and no modules are named; or
+            `image_embedding` or `mask_tokens` is neither a name nor a pair of a name and a
+            function. While collecting: a module returns something in which image embedding or mask
+            tokens cannot be told.
+        ValueError: only one of `image_embedding` and `mask_tokens` is given, a name fits no module
+            or several, `tokens` is unknown, or `max_samples` < 1. While collecting: it cannot be
             told which prompt is of which image, which also empties the collector; or named modules
-            that return different numbers of rows.
+            return different numbers of rows.
         RuntimeError: while collecting: more than `max_samples` samples with gradients since the
             last `pop`.
 
     Note:
-        Models may be evaluated in the block. A pass of the student without gradients, or in
-        evaluation mode, is forgotten if one with gradients, in training mode, is collected before
-        the next `pop`. What the teacher's collector has seen of the same evaluation is forgotten as
-        well, when it is popped after the student has run. If that cannot be told, `pop` or the loss
-        raises an error. `paused` leaves no doubt, and holds nothing of an evaluation.
+        Evaluate in `with collector.paused():`, in which nothing is collected. Without it, a pass of
+        the student without gradients, or in evaluation mode, is forgotten if one with gradients, in
+        training mode, is collected before the next `pop`. What the teacher's collector has seen of
+        the same evaluation is forgotten as well, when it is popped after the student has run. If
+        it cannot be told what belongs to the evaluation, `pop` or the loss raises an error.
 
         Without gradients, the oldest samples are forgotten when there are more than `max_samples`.
 
@@ -105,9 +106,12 @@ class FeatureCollector:
         `pickle` or `torch.save`, have hooks that do nothing.
 
         The image encoder may run under activation checkpointing, and so may named modules if it is
-        not reentrant, but neither the mask decoder nor the whole model. Where the embedding is
-        taken from what the decoder is given, it includes the no-memory embedding. That is so for
-        `Sam2Model`, `EdgeTamModel` and `Sam3TrackerModel` of transformers, and for sam3's tracker.
+        not reentrant. The mask decoder and the whole model may not.
+
+        SAM2 and its successors add a constant, the no-memory embedding, to the embedding of an
+        image. It is included for `Sam2Model`, `EdgeTamModel` and `Sam3TrackerModel` of
+        transformers, and for sam3's tracker, whose embedding is taken from what the decoder is
+        given.
 
     Example:
         A training loop, in which `segment` runs encoder and decoder of a model::

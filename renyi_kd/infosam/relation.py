@@ -133,11 +133,13 @@ class RelationModule(nn.Module):
     def save_pretrained(self, save_directory: str | PathLike[str], **options: Any) -> str | None:
         """Write `model.safetensors`, `config.json` with `dim` and `residual`, and a model card.
 
-        It is the method of huggingface_hub's `PyTorchModelHubMixin`, whose options it takes.
-
         Args:
-            save_directory: the folder.
-            **options: such as `push_to_hub=True` and `repo_id`.
+            save_directory: the folder, which is made if there is none.
+            **options: those of `PyTorchModelHubMixin.save_pretrained` of huggingface_hub, such as
+                `push_to_hub=True` and `repo_id`.
+
+        Returns:
+            The address of the commit with `push_to_hub=True`, otherwise None.
 
         Raises:
             ImportError: the extra `hub` is not installed.
