@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([["", "image", "label"], *rows])
     print(f"{args.train} + {args.val} + {args.test} images: {args.folder}")
-    print(
-        next_command("finetune_sam.py", "--model", "tiny", "--data", args.folder, "--output", "run")
-    )
+    weights = os.path.relpath(Path(__file__).with_name("tiny_sam.safetensors"))
+    model = ("--model", "tiny", "--checkpoint", weights)
+    print(next_command("finetune_sam.py", *model, "--data", args.folder, "--output", "run"))
 
 
 if __name__ == "__main__":

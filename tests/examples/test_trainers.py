@@ -114,4 +114,5 @@ def test_hugging_face_trainer(tmp_path):
     # Evaluation is of segmentation alone; in training there is distillation, which is negative.
     assert all(value > 0.5 for value in evaluated)
     assert all(value < 0.5 for value in trained)
-    assert not [*tmp_path.iterdir()]
+    assert [path.name for path in tmp_path.iterdir()] == ["hf_trainer_run"]
+    assert not [*(tmp_path / "hf_trainer_run").iterdir()]
