@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,8 @@ class DistilledModel(nn.Module):
     Raises:
         TypeError: student, teacher or distiller is no module; or student or teacher has no SAM in
             it, and no modules are named.
-        ValueError: teacher and student share parameters, or an option of `FeatureCollector` is
-            unknown.
+        ValueError: teacher and student share parameters, one of them is compiled, or an option of
+            `FeatureCollector` is unknown.
 
     Shape:
         - input: any arguments of the student.
@@ -83,6 +83,11 @@ class DistilledModel(nn.Module):
         for name, part in parts.items():
             if not isinstance(part, nn.Module):
                 raise TypeError(f"`{name}` must be a torch.nn.Module, got {type(part).__name__}.")
+            if hasattr(part, "_orig_mod") and name != "distiller":
+                raise ValueError(
+                    f"`{name}` must not be compiled yet, as compiled code does not see the hooks "
+                    f"that collect features. Compile the DistilledModel instead."
+                )
         shared = {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}
         if shared:
             raise ValueError(
@@ -113,6 +118,17 @@ class DistilledModel(nn.Module):
             output = self.student(*args, **kwargs)
             loss = self.distiller(from_teacher.pop(), from_student.pop())
         return DistilledOutput(output, loss)
+
+    def train(self: _Self, mode: bool = True) -> _Self:
+        """Set the mode of the student and of the distiller. The teacher is in evaluation mode."""
+        self.teacher.eval()
+        return super().train(mode)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise RuntimeError(
+            "DistilledModel does not run in torch.nn.DataParallel. Start one process a GPU, by "
+            "torchrun for instance, for DistributedDataParallel."
+        )
 
     def _put_collectors_in_place(self) -> None:
         models = self.teacher, self.student

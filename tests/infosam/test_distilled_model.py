@@ -114,6 +114,7 @@ def test_teacher_is_neither_parameter_nor_state_nor_trained():
     assert {name.split(".")[0] for name, _ in model.named_parameters()} == parts
     assert {name.split(".")[0] for name in model.state_dict()} == parts
     assert not any(module is model.teacher for module in model.modules())
+    model.teacher.train()
     assert model.train() is model
     assert model.student.training
     assert not any(module.training for module in model.teacher.modules())
@@ -260,9 +261,20 @@ WRONG = {
         ValueError,
         "copy.deepcopy",
     ),
+    "compiled": (
+        (torch.compile(tiny_hf_sam()), SHARED),
+        {},
+        ValueError,
+        "`student` must not be compiled yet",
+    ),
     "no SAM": ((RelationModule(4), SHARED), {}, TypeError, "must be or contain a SAM"),
     "tokens": ((tiny_hf_sam(), SHARED), {"tokens": "some"}, ValueError, "`tokens` must be one of"),
 }
+
+
+def test_data_parallel_is_refused():
+    with pytest.raises(RuntimeError, match="torchrun"):
+        make()._replicate_for_data_parallel()
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -113,6 +113,10 @@ def first(content: dict) -> dict:
     return content["annotations"][0]
 
 
+def code_of(counts: list[int] | str) -> dict:
+    return {"size": [HEIGHT, WIDTH], "counts": counts}
+
+
 WRONG = {
     "no JSON": ("{", "must be a file of COCO's instances, got .*JSONDecodeError"),
     "a list": ("[]", "must be a file of COCO's instances, got .*AssertionError"),
@@ -130,11 +134,51 @@ WRONG = {
     ),
     "a line": (
         changed(lambda c: first(c).update(segmentation=[[1, 1, 9, 9]])),
-        r"annotation 1 .*: a polygon must have at least 6 numbers, got \[\[1, 1, 9, 9\]\]",
+        r"annotation 1 .*: a polygon must have at least 6 numbers, .* got \[\[1, 1, 9, 9\]\]",
     ),
     "no polygon": (
         changed(lambda c: first(c).update(segmentation=[])),
-        r"annotation 1 .*: a polygon must have at least 6 numbers, got \[\]",
+        r"annotation 1 .*: a polygon must have at least 6 numbers, .* got \[\]",
+    ),
+    "half a point": (
+        changed(lambda c: first(c).update(segmentation=[[1, 1, 9, 1, 9, 9, 1]])),
+        "annotation 1 .*: a polygon must have .* two for each point",
+    ),
+    "a number far away": (
+        changed(lambda c: first(c).update(segmentation=[[0, 0, 1e9, 0, 1e9, 1e9]])),
+        "annotation 1 .*: a polygon must have numbers of at most 128, got",
+    ),
+    "no number": (
+        changed(lambda c: first(c).update(segmentation=[[5, 5, float("nan"), 5, 9, 9]])),
+        "annotation 1 .*: a polygon must have numbers of at most 128, got",
+    ),
+    "a code that is too short": (
+        changed(lambda c: first(c).update(segmentation=code_of([100, 100]))),
+        "annotation 1 .*: a run-length code must be of 3072 pixels",
+    ),
+    "a code that is too long": (
+        changed(lambda c: first(c).update(segmentation=code_of([100, 100, 200000]))),
+        "annotation 1 .*: an annotation whose segmentation cannot be read",
+    ),
+    "an empty code": (
+        changed(lambda c: first(c).update(segmentation=code_of(""))),
+        "annotation 1 .*: an annotation whose segmentation cannot be read",
+    ),
+    "an image twice": (
+        changed(lambda c: c["images"][1].update(id=100)),
+        "must be a file of COCO's instances, got .*two images have the id 100",
+    ),
+    "an object twice": (
+        changed(lambda c: c["annotations"][1].update(id=1)),
+        "must be a file of COCO's instances, got .*two annotations have the id 1",
+    ),
+    "a crowd in words": (
+        changed(lambda c: first(c).update(iscrowd="0")),
+        "annotation 1 of 00.png: an annotation whose iscrowd is neither 0 nor 1: '0'",
+    ),
+    "a number for a name": (
+        changed(lambda c: c["images"][0].update(file_name=1)),
+        "must be a file of COCO's instances, got .*TypeError",
     ),
     "nine images": (
         changed(lambda c: c.update(annotations=c["annotations"][:18])),

@@ -77,7 +77,7 @@ def check_asked(options: argparse.Namespace, names: Iterable[str | None]) -> Non
             "to write a whole checkpoint."
         )
     try:
-        for name in filter(None, names):
+        for name in (name for name in names if name is not None):
             validate_repo_id(name)
     except HFValidationError as error:
         raise InputError(f"{name} must be a name on the Hub: {first_line(error)}") from error
