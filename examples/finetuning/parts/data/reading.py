@@ -23,7 +23,6 @@ from PIL.TiffImagePlugin import (
     SAMPLEFORMAT,
     TiffImageFile,
 )
-from pycocotools.mask import decode
 from scipy.ndimage import maximum_filter, minimum_filter
 
 from parts.errors import first_line
@@ -207,6 +206,8 @@ def read_mask(label: Path | ObjectMask, reading: Reading = TWO_VALUED) -> ReadMa
         OSError: If Pillow cannot read it.
     """
     if isinstance(label, ObjectMask):
+        from pycocotools.mask import decode  # which the quickstart does without
+
         found = decode({"size": [*label.size], "counts": label.counts}).astype(bool)
         return ReadMask(found, np.ones_like(found), "objects of COCO", UPRIGHT)
     upright, kind_of_file, turned = _load(label)
