@@ -6,6 +6,7 @@ That package is imported when it is first needed, as it takes longer than the wh
 from types import new_class
 from typing import Any
 
+import torch
 from torch import nn
 
 CARD = """---
@@ -51,12 +52,34 @@ def for_hub(module: nn.Module, config: dict[str, Any]) -> Any:
     Args:
         module: the module.
         config: the arguments that build another one like it.
+
+    Raises:
+        ValueError: another one that is built by `config` could not load the weights.
     """
+    with torch.device("meta"):
+        expected = shapes_of(type(module)(**config))
+    own = shapes_of(module)
+    if own != expected:
+        names = ", ".join(sorted({name for name, _ in own.items() ^ expected.items()}))
+        raise ValueError(
+            f"`{type(module).__name__}` with {config} must have the parameters that it was built "
+            f"with, got others ({names}). Remove what was added, for instance by "
+            f"torch.nn.utils.parametrize.remove_parametrizations."
+        )
     kind = hub_class(type(module))
     shared = kind.__new__(kind)
     shared.__dict__ |= module.__dict__
     shared._hub_mixin_config = config
     return shared
+
+
+def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of what a module is saved as, by name; of shared tensors only one."""
+    state = module.state_dict(keep_vars=True)
+    names: dict[int, str] = {}
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), name)
+    return {name: state[name].shape for name in names.values()}
 
 
 def from_hub(kind: type[nn.Module], name: str, **options: Any) -> Any:

@@ -143,6 +143,7 @@ class RelationModule(nn.Module):
 
         Raises:
             ImportError: the extra `hub` is not installed.
+            ValueError: the module has other parameters than it was built with.
 
         Example:
             >>> import os
@@ -166,6 +167,7 @@ class RelationModule(nn.Module):
 
         Raises:
             ImportError: the extra `hub` is not installed.
+            ValueError: the module has other parameters than it was built with.
         """
         config = {"dim": self.dim, "residual": self.residual}
         return str(for_hub(self, config).push_to_hub(repo_id, **options))

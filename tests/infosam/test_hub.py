@@ -141,3 +141,33 @@ for package in ("safetensors", "huggingface_hub"):
 
 def test_without_the_extra_the_library_works_and_says_what_is_missing() -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", WITHOUT], check=True)
+
+
+def normed(relation):
+    torch.nn.utils.parametrizations.weight_norm(relation.query_proj)
+
+
+def tied(relation):
+    relation.key_proj.weight = relation.query_proj.weight
+
+
+def wider(relation):
+    relation.query_proj = torch.nn.Linear(8, 9)
+
+
+@pytest.mark.parametrize("change", [normed, tied, wider])
+def test_what_could_not_be_loaded_is_not_saved(change, tmp_path):
+    relation = RelationModule(8)
+    change(relation)
+    with pytest.raises(ValueError, match="must have the parameters that it was built with, got others"):
+        relation.save_pretrained(tmp_path / "relation")
+    assert not (tmp_path / "relation").exists()
+
+
+def test_saving_draws_nothing(tmp_path):
+    relation = RelationModule(8)
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    relation.save_pretrained(tmp_path / "relation")
+    assert torch.equal(torch.rand(2), expected)
