@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from parts.data.prompts import Prompts
-from parts.models import huggingface, sam, segmenter, tiny_sam
+from parts.models import huggingface, sam, segmenter, small_sam, tiny_sam
 from parts.models.adaptation import adapt
 from parts.models.segmenter import check_teacher, load_weights
 
@@ -211,3 +211,22 @@ def test_the_small_sam_normalises_for_its_backbone(small, monkeypatch) -> None:
     embedding((pixels - small.model.pixel_mean) / small.model.pixel_std)
     handle.remove()
     torch.testing.assert_close(seen[0], (pixels - 127) / 128, rtol=0, atol=1e-5)
+
+
+def test_the_backbone_sees_a_picture_once(small, monkeypatch) -> None:
+    """What is remembered is what the backbone gives, in each precision and past the limit."""
+    embedding = copy.deepcopy(small.encoder.patch_embed)
+    fresh = copy.deepcopy(embedding)
+    fresh.seen = None
+    asked = []
+    embedding.backbone.register_forward_pre_hook(lambda _, inputs: asked.append(len(inputs[0])))
+    monkeypatch.setattr(small_sam, "MOST_SEEN", 3)
+    a, b, c, d = torch.randn(4, 1, 3, 256, 256)
+    for images, new in (((a, b), 2), ((b, a), 0), ((b, c), 1), ((c, d), 2), ((a,), 1)):
+        asked.clear()
+        batch = torch.cat(images)
+        torch.testing.assert_close(embedding(batch), fresh(batch))
+        assert sum(asked) == new
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(embedding(a), fresh(a))
+    assert sum(asked) == 2

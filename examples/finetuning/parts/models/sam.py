@@ -64,5 +64,7 @@ def build(name: str, checkpoint: Path | None) -> SegmentAnything:
         model = build_tiny_sam() if name == "tiny" else sam_model_registry[name]()
     if checkpoint is not None:
         load_weights(model, checkpoint, name)
+    if name == "small":
+        model.image_encoder.patch_embed.remember()
     frame = Frame(model.image_encoder.img_size, keep_aspect=True)
     return SegmentAnything(model, frame, model.prompt_encoder.embed_dim)
