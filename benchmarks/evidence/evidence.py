@@ -143,10 +143,11 @@ def planned(options: argparse.Namespace, study: Study, grid: Grid) -> Iterator[R
                     yield study.run(arm, domain, RATE_SEED, float(rate), IMAGES)
         return
     rates = chosen_rates(list(grid.rows().values()), study.among(RATE_DOMAINS))
-    for arm, domains, seeds, images in asked(options, study):
-        rate = rates[arm.rate_of] * arm.rate_factor
-        for domain in domains:
-            for seed in seeds:
+    every = [*asked(options, study)]
+    for seed in sorted({seed for *_, seeds, _ in every for seed in seeds}):  # pairs side by side
+        for arm, domains, seeds, images in every:
+            rate = rates[arm.rate_of] * arm.rate_factor
+            for domain in domains if seed in seeds else ():
                 yield study.run(arm, domain, seed, rate, images)
 
 
