@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import mean
@@ -66,6 +66,7 @@ class Run:
         evaluations: What is asked of it.
         steps: How many steps it trains.
         needs: Names of the runs that must be finished before, as it reads their folders.
+        through: A program that runs the others, and adds something to them.
     """
 
     name: str
@@ -74,7 +75,8 @@ class Run:
     arguments: tuple[str, ...]
     evaluations: tuple[Evaluation, ...]
     steps: int
-    needs: tuple[str, ...] = field(default=())
+    needs: tuple[str, ...] = ()
+    through: tuple[str, ...] = ()
 
 
 class Grid:
@@ -117,7 +119,7 @@ class Grid:
             place = self.output / "scores" / run.name / evaluation.name
             asked = ["evaluate.py", str(folder), *evaluation.arguments, "--output", str(place)]
             found.append(asked)
-        return [[str(FINETUNING / name), *arguments] for name, *arguments in found]
+        return [[*run.through, str(FINETUNING / name), *others] for name, *others in found]
 
     def left(self, run: Run) -> list[list[str]]:
         """Return the commands of a run that have not been done, as they go on after a kill."""

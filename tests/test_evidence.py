@@ -161,11 +161,11 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def planned(study: Path, tmp_path: Path, part: str, capsys) -> list[str]:
+def planned(study: Path, tmp_path: Path, part: str, capsys, *others: str) -> list[str]:
     teacher = study / "teacher.safetensors"
     teacher.touch()
     asked = [part, "--data", str(study), "--teacher", str(teacher), "--dry-run"]
-    evidence.main([*asked, "--output", str(tmp_path)])
+    evidence.main([*asked, "--output", str(tmp_path), *others])
     return capsys.readouterr().out.splitlines()
 
 
@@ -193,6 +193,16 @@ def test_the_parts_are_planned(study: Path, tmp_path: Path, capsys) -> None:
     halved = [name for name in second if name.startswith("half")]
     assert all(name.endswith("-0.0003") for name in halved)
     assert len(planned(study, tmp_path, "weights", capsys)) == 1 + 16 * 2 * 3
+    tried = planned(study, tmp_path, "candidates", capsys)
+    assert len(tried) == 1 + len(evidence.TRIED) * 2 * 3
+    # Batches of one see as many pictures as batches of four.
+    by_one = sum(arm.batch == 1 for arm in evidence.TRIED)
+    steps = 300 * 6 * (len(evidence.TRIED) + 3 * by_one)
+    assert tried[0].startswith(f"{len(tried) - 1} runs, {len(tried) - 1} missing, with {steps:,}")
+    best = ("--best", "anchor", "elsewhere")
+    assert len(planned(study, tmp_path, "fresh", capsys, *best)) == 1 + 3 * 2 * 10
+    with pytest.raises(SystemExit, match="--best must name two of anchor, "):
+        planned(study, tmp_path, "fresh", capsys, "--best", "anchor", "L2-SP")
     assert [path.name for path in tmp_path.iterdir()] == ["runs.csv"]
 
 
@@ -214,6 +224,10 @@ def test_an_arm_is_a_command_of_the_program(study: Path, tmp_path: Path) -> None
     assert len(table) == 24
     assert all(Path(row["image"]).is_absolute() for row in table)
     assert len(found.tables[found.kept()]["test"]) == 2  # every second picture
+    tried = found.run(evidence.TRIED[0], "mine", 3, 6e-4, 24)
+    for command in grid.commands(tried):  # evaluations know what was added as well
+        assert Path(command[0]).name == "candidates.py"
+    assert "--average" in found.run(evidence.TRIED[0], "mine", 0, 6e-4, 24).evaluations[0].arguments
 
 
 def test_boxes_that_are_the_whole_image_do_not_inform(study: Path, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import candidates
+from candidates import CANDIDATES
 from grid import (
     Evaluation,
     Grid,
@@ -45,6 +47,7 @@ IMAGES, BATCH, STEPS, VALIDATIONS = 24, 4, 300, 5
 RATES = ("2e-4", "6e-4", "2e-3")
 RATE_SEED, RATE_DOMAINS = 100, ("rice_leaf_disease", "roads_epfl")
 PRIMARY_SEEDS, SECOND_SEEDS, THIRD_SEEDS = range(20), range(3), range(5)
+FRESH_SEEDS, FRESH_DOMAINS = range(200, 210), ("roads_epfl", "cracks_cfd")
 SECOND_DOMAINS = ("rice_leaf_disease", "busi", "nuclei_dsb2018")
 WEIGHTS, WEIGHTS_DOMAIN = ("0.1", "0.5", "1", "2"), "rice_leaf_disease"
 SHARES = ("0.5", "0.75")
@@ -53,7 +56,7 @@ INFORMING = 0.5  # a box that covers less of its image than this says where the 
 PLAIN, INFOSAM = "plain", "infosam"
 WEIGHTED = "infosam, weights "  # what the names of arms with other weights start with
 TABLE = "runs.csv"
-PARTS = ("rates", "primary", "second", "third", "weights")
+PARTS = ("rates", "primary", "second", "third", "weights", "candidates", "fresh")
 
 
 class Arm(NamedTuple):
@@ -65,6 +68,8 @@ class Arm(NamedTuple):
         rate_of: The arm that has its learning rate.
         rate_factor: What that is multiplied by.
         batch: Images of a step.
+        steps: The least number of steps.
+        through: A program that adds distillers to the fine-tuning program.
     """
 
     name: str
@@ -72,8 +77,11 @@ class Arm(NamedTuple):
     rate_of: str = PLAIN
     rate_factor: float = 1.0
     batch: int = BATCH
+    steps: int = STEPS
+    through: tuple[str, ...] = ()
 
 
+CANDIDATES_OF = (candidates.__file__,)
 RANDOM_TEACHER = ("--teacher", "small", "--teacher-checkpoint", "RANDOM")
 WITHOUT = ("--distiller", "none")
 PRIMARY = (Arm(PLAIN, WITHOUT), Arm(INFOSAM, (), INFOSAM))
@@ -94,6 +102,15 @@ SECOND = (
     Arm("infosam, random teacher", RANDOM_TEACHER, INFOSAM),
     Arm("infosam, shuffled teacher", ("--shuffled-teacher",), INFOSAM),
 )
+BY_ONE = {"batch": 1, "steps": STEPS * BATCH}
+TRIED = (
+    *(Arm(name, ("--distiller", name), through=CANDIDATES_OF) for name in CANDIDATES),
+    Arm("plain, batch 1", WITHOUT, **BY_ONE),
+    *(
+        Arm(f"{name}, batch 1", ("--distiller", name), through=CANDIDATES_OF, **BY_ONE)
+        for name in ("anchor", "memory-32", "memory-64")
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -103,11 +120,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=place, required=True, help="the folders of all data sets")
     parser.add_argument("--teacher", type=place, required=True, help="what pretrain.py has written")
     parser.add_argument("--output", type=place, required=True, help="the folder of all runs")
-    parser.add_argument("--best", nargs=2, help="the two arms of the second tier for the third")
+    parser.add_argument("--best", nargs=2, help="the two arms for the parts third and fresh")
     add_running(parser)
     options = parser.parse_args(argv)
-    if (options.part == "third") != (options.best is not None):
-        parser.error("--best is for the third tier, and it needs it")
+    if (options.part in ("third", "fresh")) != (options.best is not None):
+        parser.error("--best is for the parts third and fresh, and they need it")
     with plain_errors():
         grid = Grid(options.output, options.threads, discard=True)
         study = Study(options.data, options.teacher, options.output)
@@ -167,14 +184,28 @@ def asked(
                 weights = ("--compression-weight", first, "--distillation-weight", second)
                 arm = Arm(f"{WEIGHTED}{first} and {second}", weights, INFOSAM)
                 yield arm, study.among((WEIGHTS_DOMAIN,)), SECOND_SEEDS, IMAGES
+    elif options.part == "candidates":
+        for arm in TRIED:
+            yield arm, study.among(SECOND_DOMAINS), SECOND_SEEDS, IMAGES
+    elif options.part == "third":
+        for arm in (*PRIMARY, *best(options.best, SECOND)):
+            yield arm, study.domains, THIRD_SEEDS, None
     else:
-        every = {arm.name: arm for arm in (*PRIMARY, *SECOND)}
-        choice = [name for name in every if name not in (PLAIN, INFOSAM)]
-        if len({*options.best} & {*choice}) < 2:
-            found = " and ".join(options.best)
-            raise InputError(f"--best must name two of {', '.join(choice)}, got {found}")
-        for name in (PLAIN, INFOSAM, *options.best):
-            yield every[name], study.domains, THIRD_SEEDS, None
+        for arm in (PRIMARY[0], *best(options.best, TRIED)):
+            yield arm, study.among(FRESH_DOMAINS), FRESH_SEEDS, IMAGES
+
+
+def best(names: Sequence[str], arms: Sequence[Arm]) -> list[Arm]:
+    """Return the arms that are named.
+
+    Raises:
+        InputError: If they are not two of these.
+    """
+    every = {arm.name: arm for arm in arms}
+    if len({*names} & {*every}) < 2:
+        found = " and ".join(names)
+        raise InputError(f"--best must name two of {', '.join(every)}, got {found}")
+    return [every[name] for name in names]
 
 
 def chosen_rates(rows: list[dict[str, str]], domains: Sequence[str]) -> dict[str, float]:
@@ -228,7 +259,7 @@ class Study:
         """Return the run of an arm."""
         folder, count = self.subset(domain, seed, images)
         per_epoch = count // arm.batch
-        epochs = max(math.ceil(STEPS / per_epoch), 1 if images else 10)
+        epochs = max(math.ceil(arm.steps / per_epoch), 1 if images else 10)
         random = str(self.random_teacher)
         arguments = [random if value == "RANDOM" else value for value in arm.options]
         self.reads_random_teacher |= random in arguments
@@ -250,12 +281,14 @@ class Study:
             tuple(arguments),
             self.evaluations(arm, seed),
             epochs * per_epoch,
+            through=arm.through,
         )
 
     def evaluations(self, arm: Arm, seed: int) -> tuple[Evaluation, ...]:
         """Return what is asked of a run: the target, and what is kept of the source."""
         averaged: tuple[str, ...] = ()
-        if arm.name in (PLAIN, INFOSAM) and seed in SECOND_SEEDS:
+        averages = arm.name in (PLAIN, INFOSAM) or arm.through
+        if averages and (seed in SECOND_SEEDS or seed in FRESH_SEEDS):
             averaged = ("--average", *SHARES)
         kept = ("--on", str(self.kept()), *averaged)
         return (

@@ -30,6 +30,7 @@ from evidence import (
     RATE_SEED,
     SECOND_SEEDS,
     SHARES,
+    TRIED,
     WEIGHTED,
 )
 from grid import Cells, number_in, read_table
@@ -49,7 +50,11 @@ OUTCOMES = {
     POINT: "source IoU, point",
 }
 # What an arm is compared with: the same student and batch without a distiller.
-BASELINES = {"infosam, batch 16": "plain, batch 16", "infosam, adapter": "plain, adapter"}
+BASELINES = {
+    "infosam, batch 16": "plain, batch 16",
+    "infosam, adapter": "plain, adapter",
+    **{arm.name: "plain, batch 1" for arm in TRIED if arm.batch == 1},
+}
 FEW_SEEDS = (
     "So few seeds make the intervals too narrow: of simulated ones with three domains and three "
     "seeds, 85 % held the true mean, where 95 % should."
@@ -219,7 +224,7 @@ def arms_of(rows: Sequence[Cells]) -> list[str]:
     names = [name for name in dict.fromkeys(row["arm"] for row in rows) if WEIGHTED not in name]
     averaged = [
         f"{name} at {share}"
-        for name in (PLAIN, INFOSAM)
+        for name in names
         for share in SHARES
         if scores_of(rows, f"{name} at {share}", TARGET)
     ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor, nn
+
+from parts.models.segmenter import Segmenter
 
 LAYERS, EMBEDDING, TOKENS, LOGITS = "layers", "embedding", "tokens", "logits"
 
@@ -37,6 +40,13 @@ class Distiller(nn.Module):
 
     needs: ClassVar[tuple[str, ...]] = ()
     least_batch: ClassVar[int] = 1
+
+    @classmethod
+    def build(
+        cls, options: argparse.Namespace, teacher: Segmenter, student: Segmenter
+    ) -> Distiller:
+        """Return the distiller of a run; most need to know nothing of it."""
+        return cls()
 
     def forward(self, teacher: Pass, student: Pass, masks: Tensor) -> Tensor:
         """Return the loss, a scalar.

@@ -69,7 +69,7 @@ def build_distiller(
     if name.endswith("-relation"):
         return kind(relation_module(options, student.dim))
     if LAYERS not in kind.needs:
-        return kind()
+        return kind.build(options, teacher, student)
     of_teacher, of_student = layers
     widths = [list(map(student.channels, of_student)), list(map(teacher.channels, of_teacher))]
     if name == "semckd":
