@@ -67,14 +67,28 @@ def test_page(page, readme, monkeypatch) -> None:
     one = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     for name, value in one.items():
         monkeypatch.setenv(name, value)
-    result = run_blocks(page, dict(readme))
+    # The tutorial needs nothing else.
+    result = run_blocks(page, {} if page.stem == "tutorial" else dict(readme))
     if page.stem == "processes":
         assert result["distiller"].process_group is torch.distributed.group.WORLD
         torch.distributed.destroy_process_group()
     elif page.stem == "training-loop":
         assert -1 <= result["figures"]["relation_cosine"] <= 1
-        assert result["cached"].image_embedding is result["embedding"]
         assert result["loss"].requires_grad
+    elif page.stem == "tutorial":
+        shown = re.findall(r"^(\w+) +(\S+) -> +(\S+)$", page.read_text(), flags=re.MULTILINE)
+        assert tuple(name for name, *_ in shown) == result["terms"]._fields
+        figures = torch.tensor([[float(x) for x in (first, last)] for _, first, last in shown])
+        found = torch.stack([torch.stack(result["first"]), torch.stack(result["terms"])], 1)
+        torch.testing.assert_close(figures, found, rtol=0, atol=0.02)
+        information = result["related"].item(), result["unrelated"].item()
+        assert "{:.3f} bits and {:.3f} bits".format(*information) in page.read_text()
+    elif page.stem == "batch-of-one":
+        assert result["message"].startswith("A batch must hold at least 2 samples, got 1: ")
+        assert result["terms"].loss.abs() < 1e-12
+        assert not result["gradient"].any()
+    elif page.stem == "cached-teacher":
+        assert result["cached"].image_embedding is result["embedding"]
     elif page.stem == "models":
         assert result["embedding"].shape == (4, 64, 4, 4)
         assert result["tokens"].shape == (4, 10, 64)
