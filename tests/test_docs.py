@@ -1,4 +1,4 @@
-"""The Python blocks of the README and of the pages run, and their links lead somewhere."""
+"""The Python blocks of README and pages run, links lead somewhere, and every name has a place."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from models import SIZE, segment, tiny_sam
 from peft import PeftModel
 
+import renyi_kd
+
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 ALL_PAGES = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
 ALL_PAGES += [*ROOT.glob("examples/**/README.md"), *ROOT.glob("benchmarks/**/*.md")]
 
@@ -116,6 +118,12 @@ def test_links(page) -> None:
             assert target.exists(), link
             if sharp:
                 assert sharp + anchor in heading_anchors(target), link
+
+
+def test_the_reference_has_every_public_name_once() -> None:
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    names = re.findall(r"^::: (.*)$", pages, flags=re.MULTILINE)
+    assert sorted(names) == sorted(f"renyi_kd.{name}" for name in renyi_kd.__all__)
 
 
 def test_readme_is_a_welcome() -> None:
