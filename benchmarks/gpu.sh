@@ -7,17 +7,19 @@
 #   routes   the routes to the entropy, and functionals against code by hand
 #   step     a fine-tuning step of ViT-B and Hiera-B+ at 1024 pixels, batch 4, in bfloat16
 #   mixed    200 steps of the small SAM in float32, bfloat16 and float16
+#   evidence what is missing of a part of the evidence, a run on each core: evidence FOLDER primary
+#            --data DATA --teacher WEIGHTS; the same command goes on after a stop
 #
 # Needs PyTorch, einops, pytest, pytest-xdist, pytest-benchmark, hypothesis and matplotlib; `step` and
-# `mixed` also need peft, segment_anything and sam2. Results are written to the folder. Further
+# `mixed` also need peft, segment_anything and sam2, and `evidence` the extra of that name. Results are written to the folder. Further
 # arguments go to the program of the part. Without a GPU each part runs in a reduced form.
 set -euo pipefail
 
-part=${1:?"usage: benchmarks/gpu.sh tests|kernels|loss|routes|step|mixed FOLDER"}
+part=${1:?"usage: benchmarks/gpu.sh tests|kernels|loss|routes|step|mixed|evidence FOLDER"}
 folder=${2:?"name a folder for the results"}
 shift 2
-if [[ ! $part =~ ^(tests|kernels|loss|routes|step|mixed)$ ]]; then
-    echo "there is no part $part: tests, kernels, loss, routes, step, mixed" >&2
+if [[ ! $part =~ ^(tests|kernels|loss|routes|step|mixed|evidence)$ ]]; then
+    echo "there is no part $part: tests, kernels, loss, routes, step, mixed, evidence" >&2
     exit 2
 fi
 mkdir -p "$folder"
@@ -66,4 +68,10 @@ step)
     done | keep step.txt
     ;;
 mixed) "$python" benchmarks/mixed_precision.py --steps "$( ((gpu)) && echo 200 || echo 3)" "$@" | keep mixed.md ;;
+evidence)
+    reduced=()
+    ((gpu)) || reduced=(--dry-run)
+    "$python" benchmarks/evidence/evidence.py "$@" --output "$folder" --jobs "$(nproc)" --threads 1 "${reduced[@]}" |
+        keep evidence.txt
+    ;;
 esac

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from finetuning_runs import make_data
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
 RESULTS = {
@@ -15,6 +16,7 @@ RESULTS = {
     "routes": ["routes-*.md", "routes-*.png"],
     "step": ["step.txt"],
     "mixed": ["mixed.md"],
+    "evidence": ["evidence.txt"],
 }
 
 
@@ -26,12 +28,21 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+def evidence(folder: Path) -> tuple[object, ...]:
+    """Make what the evidence reads, and return what names it."""
+    for name in ("general", "mine"):
+        make_data(folder / name, train=24, val=1, test=1)
+    (folder / "teacher.safetensors").touch()
+    return "rates", "--data", folder, "--teacher", folder / "teacher.safetensors"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", RESULTS)
 def test_each_part_runs_and_leaves_its_results(part, tmp_path):
     if part in ("loss", "routes"):
         pytest.importorskip("pytest_benchmark")  # of the extra `benchmarks`
-    done = run(part, tmp_path / "results")
+    others = evidence(tmp_path) if part == "evidence" else ()
+    done = run(part, tmp_path / "results", *others)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     for pattern in RESULTS[part]:
         (found,) = (tmp_path / "results").glob(pattern)
