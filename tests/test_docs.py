@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from models import SIZE, segment, tiny_sam
+from models import SIZE, segment, tiny_hf_sam, tiny_sam, tiny_sam2
 from peft import PeftModel
 
 import renyi_kd
@@ -37,6 +37,7 @@ def given_by_readme() -> dict:
         "loader": [(images, boxes, masks)],
         "predict": segment,
         "criterion": F.binary_cross_entropy_with_logits,
+        "names": ["first", "second"],  # of the images, for the cache
     }
 
 
@@ -64,7 +65,8 @@ def test_readme(readme) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
-def test_page(page, readme, monkeypatch) -> None:
+def test_page(page, readme, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
     # What torchrun sets.
     one = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     for name, value in one.items():
@@ -77,6 +79,18 @@ def test_page(page, readme, monkeypatch) -> None:
     elif page.stem == "training-loop":
         assert -1 <= result["figures"]["relation_cosine"] <= 1
         assert result["loss"].requires_grad
+        images, boxes, _ = readme["loader"][0]
+        for name, model in (
+            ("predict", tiny_sam()),
+            ("predict_transformers", tiny_hf_sam()),
+            ("predict_sam2", tiny_sam2()),
+        ):
+            with renyi_kd.FeatureCollector(model) as collector:
+                logits = result[name](model, images, boxes)
+                assert logits.requires_grad
+                assert len(collector.pop().mask_tokens) == len(logits) == len(images)
+            if name != "predict_sam2":  # given boxes as its predictor gives them, which differs
+                torch.testing.assert_close(logits, segment(model, images, boxes))
     elif page.stem == "tutorial":
         shown = re.findall(r"^(\w+) +(\S+) -> +(\S+)$", page.read_text(), flags=re.MULTILINE)
         assert tuple(name for name, *_ in shown) == result["terms"]._fields
@@ -91,6 +105,7 @@ def test_page(page, readme, monkeypatch) -> None:
         assert not result["gradient"].any()
     elif page.stem == "cached-teacher":
         assert result["cached"].image_embedding is result["embedding"]
+        assert result["loss"].isfinite()
     elif page.stem == "models":
         assert result["embedding"].shape == (4, 64, 4, 4)
         assert result["tokens"].shape == (4, 10, 64)
