@@ -6,7 +6,8 @@ The pages are written to be read in the repository as well. There, a link such a
 - a link to a file that a page of the site shows leads to that page;
 - a link to any other file of the repository leads to the repository's address, `repo_url`;
 - `<!-- README.md: A heading -->` is replaced by that section, and `<!-- CHANGELOG.md -->` by all of
-  that file, so that no text is kept twice;
+  that file, so that no text is kept twice. The line below the comment is replaced as well: in the
+  repository it says where the text is;
 - a public name in backticks leads to its place in the reference.
 
 What is missing is a warning, and so an error of a strict build.
@@ -34,7 +35,7 @@ CODE = r"```.*?```|`[^`\n]*`"
 LINK = r"(!?)(\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^)\s#]*)(#[^)\s]*)?\)"
 LINK_OR_CODE = re.compile(rf"{LINK}|{CODE}", re.DOTALL)
 LINK_OR_CODE_OR_HEADING = re.compile(rf"{LINK}|^#.*?$|{CODE}", re.DOTALL | re.MULTILINE)
-INCLUDED = re.compile(r"^<!-- ([\w.]+)(?:: (.+?))? -->$", re.MULTILINE)
+INCLUDED = re.compile(r"^<!-- ([\w.]+)(?:: (.+?))? -->\n.+$", re.MULTILINE)
 REFERENCE = re.compile(r"^::: renyi_kd\.(\w+)$", re.MULTILINE)
 
 
