@@ -8,6 +8,7 @@ The pages are written to be read in the repository as well. There, a link such a
 - `<!-- README.md: A heading -->` is replaced by that section, and `<!-- CHANGELOG.md -->` by all of
   that file, so that no text is kept twice. The line below the comment is replaced as well: in the
   repository it says where the text is;
+- a line below `<!-- in the repository alone -->` is left out;
 - a public name in backticks leads to its place in the reference.
 
 What is missing is a warning, and so an error of a strict build.
@@ -36,11 +37,13 @@ LINK = r"(!?)(\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^)\s#]*)(#[^)\s]*)?\)"
 LINK_OR_CODE = re.compile(rf"{LINK}|{CODE}", re.DOTALL)
 LINK_OR_CODE_OR_HEADING = re.compile(rf"{LINK}|^#.*?$|{CODE}", re.DOTALL | re.MULTILINE)
 INCLUDED = re.compile(r"^<!-- ([\w.]+)(?:: (.+?))? -->\n.+$", re.MULTILINE)
+ALONE = re.compile(r"^<!-- in the repository alone -->\n.+\n", re.MULTILINE)
 REFERENCE = re.compile(r"^::: renyi_kd\.(\w+)$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Return the page as the site shows it."""
+    markdown = ALONE.sub("", markdown)
     markdown = INCLUDED.sub(lambda found: included(*found.groups(), page=page), markdown)
     return with_reference(with_links(markdown, page, config, files))
 

@@ -54,8 +54,8 @@ class InfoSAMDistiller(nn.Module):
     Note:
         At alpha 2 and other integers up to 32, nothing waits for a CUDA device. With Triton 3.3 or
         newer, nothing does at any order, for up to 32 samples. Nothing of a map's size is kept for
-        backward. There is no second derivative. Features that are not finite give a loss and
-        gradients that are not finite.
+        backward. There is no second derivative backwards, but by `torch.func.hessian` there is.
+        Features that are not finite give a loss and gradients that are not finite.
 
     Note:
         A `process_group`, such as `torch.distributed.group.WORLD` after `init_process_group`, makes
@@ -71,9 +71,9 @@ class InfoSAMDistiller(nn.Module):
         one rank are a `ValueError` on all. If a rank dies or stays away, the others raise an error,
         after the timeout of the group at the latest.
 
-        In every step the ranks tell each other their numbers of samples. If the group has NCCL
-        alone, the CPU waits for the GPU then. It does not if the group has gloo as well, as the one
-        of `init_process_group()` without an argument does.
+        In every step the ranks tell each other their numbers of samples. After
+        `init_process_group()` without an argument they do so by gloo, and the CPU does not wait for
+        the GPU. With a group that has NCCL alone, it waits.
 
     Example:
         >>> import torch

@@ -76,7 +76,8 @@ class FeatureCollector:
         mask_tokens: in the same way, the module that returns the tokens, `(B, N, D)` or `(B, D)`.
             Give both or neither.
         tokens: for a SAM. `"single"` takes the output token of the single mask, N = 1; of HQ-SAM
-            that is its own token. `"all"` takes every mask token.
+            that is its own token. It is the mask that the model gives with
+            `multimask_output=False`, so train and use the model so. `"all"` takes every mask token.
         max_samples: how many samples are held at most.
 
     Raises:

@@ -54,8 +54,8 @@ class RelationModule(nn.Module):
     Note:
         It computes in the dtype of the result, by IEEE rules whatever autocast and
         `torch.set_float32_matmul_precision` allow, forward and backward. Float32 features beyond
-        1e18 overflow to NaN. Nothing of the map's size is kept for backward, and there is no second
-        derivative.
+        1e18 overflow to NaN. Nothing of the map's size is kept for backward. There is no second
+        derivative backwards, but by `torch.func.hessian` there is.
 
         The parameters are named as in the authors' release, so that its relation module loads with
         `load_state_dict`.
