@@ -205,7 +205,7 @@ def several_prompts(model):
 
 def test_one_collector_serves_adapters_off_and_on(model):
     """Whole model in peft: without adapters it is the teacher, with its own frozen decoder."""
-    student = get_peft_model(copy.deepcopy(model), LORA)
+    student = get_peft_model(copy.deepcopy(model), copy.copy(LORA))
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if "modules_to_save" in name:
@@ -229,7 +229,7 @@ def shared(model):
     """The model as teacher and as student around one image encoder in peft, and that encoder."""
     name = "vision_encoder" if hasattr(model, "vision_encoder") else "image_encoder"
     teacher, student = copy.deepcopy(model), copy.deepcopy(model)
-    encoder = get_peft_model(getattr(student, name), LORA)
+    encoder = get_peft_model(getattr(student, name), copy.copy(LORA))
     setattr(teacher, name, encoder)
     setattr(student, name, encoder)
     return teacher, student, encoder

@@ -1,6 +1,7 @@
 """Masks for new prompts: checked before anything is written, and never in place of a file."""
 
 import csv
+import sys
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -196,6 +197,8 @@ WRONG = {
     ),
     "no image column": ("file,x,y,label", [10, 20, 1], "no column image in its first line"),
 }
+if sys.version_info < (3, 11):
+    del WRONG["NUL"]  # which csv cannot write there
 
 
 @pytest.mark.parametrize("case", WRONG)

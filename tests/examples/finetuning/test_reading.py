@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
+import PIL
 import pytest
 from hypothesis import assume, given
 from hypothesis.extra.numpy import arrays
@@ -548,7 +549,12 @@ def test_images_with_alpha(tmp_path: Path) -> None:
         read_image(tmp_path / "cut.png")
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr"])
+# Earlier versions of Pillow cannot read the files of this mode that they write.
+needs_pillow_13 = pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="Pillow 13")
+YCBCR = pytest.param("YCbCr", marks=needs_pillow_13)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", YCBCR])
 def test_images_of_other_modes(mode: str, tmp_path: Path) -> None:
     image = picture(0).convert(mode)
     image.save(tmp_path / "image.tif")

@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+import sys
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,10 @@ def test_rows_of_empty_cells_are_no_rows(folder: Path) -> None:
     assert c == Row(folder / "c.png", folder / "d.png", "val.csv line 6")
 
 
+# Before Python 3.11 its csv refuses the character itself.
+NUL = "line contains NUL" if sys.version_info < (3, 11) else "a cell with a line break or a NUL"
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -69,7 +74,7 @@ def test_rows_of_empty_cells_are_no_rows(folder: Path) -> None:
         ),
         (
             write("val.csv", b"image,label\na\0,b\n"),
-            "val.csv line 2: a cell with a line break or a N",
+            f"val.csv line 2: {NUL}",
         ),
         (write("val.csv", b"\xff\xfe,\x00image"), "val.csv line 1: no UTF-8"),
     ],
