@@ -52,7 +52,12 @@ from renyi_kd.infosam import (
 # Triton comes with PyTorch on Linux. Without it the PyTorch forms serve CUDA too. Whether there is
 # a GPU is not asked, since that would initialise CUDA, and processes forked later could not use it.
 if find_spec("triton") is not None:
-    import_module("renyi_kd._triton")
+    try:
+        import_module("renyi_kd._triton")
+    except ModuleNotFoundError as error:
+        # Triton 3.2 imports setuptools, which it does not ask for.
+        if error.name != "setuptools":
+            raise
 
 __version__ = "0.1.0"
 

@@ -89,6 +89,11 @@ def test_the_library_imports_without_triton_and_without_a_warning():
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
+def test_the_library_imports_without_setuptools_and_without_a_warning():
+    code = "import sys; sys.modules['setuptools'] = None; import renyi_kd"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
 def test_the_library_imports_without_numpy_and_without_a_warning():
     code = "import sys; sys.modules['numpy'] = None; import renyi_kd, torch; "
     code += "renyi_kd.renyi_entropy(renyi_kd.rbf_kernel(torch.ones(3, 2)), 3)"
