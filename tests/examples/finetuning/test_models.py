@@ -216,6 +216,7 @@ def test_the_small_sam_normalises_for_its_backbone(small, monkeypatch) -> None:
 def test_the_backbone_sees_a_picture_once(small, monkeypatch) -> None:
     """What is remembered is what the backbone gives, in each precision and past the limit."""
     embedding = copy.deepcopy(small.encoder.patch_embed)
+    embedding.seen = {}  # an earlier test may have left something
     fresh = copy.deepcopy(embedding)
     fresh.seen = None
     asked = []
