@@ -28,10 +28,11 @@ def test_a_notebook_is_valid_and_clean(path: Path) -> None:
 def test_a_notebook_runs(path: Path) -> None:
     book = read(path)
     for cell in book.cells:
-        cell.source = cell.source.replace("steps: int = 240", "steps: int = 48")
+        cell.source = cell.source.replace("steps: int = 240", "steps: int = 24")
     NotebookClient(book, timeout=600, resources={"metadata": {"path": str(FOLDER)}}).execute()
     outputs = [output for cell in book.cells for output in cell.get("outputs", ())]
-    printed = "".join(output.text for output in outputs if output.output_type == "stream")
+    # On stderr are the warnings of packages that miss a part of a browser.
+    printed = "".join(output.text for output in outputs if output.get("name") == "stdout")
     figures = sum("image/png" in output.get("data", {}) for output in outputs)
     if path.stem == "functionals":
         assert "-0.0716 bits" in printed
