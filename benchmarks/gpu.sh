@@ -11,15 +11,17 @@
 #            --data DATA --teacher WEIGHTS; the same command goes on after a stop
 #
 # Needs PyTorch, einops, pytest, pytest-xdist, pytest-benchmark, hypothesis and matplotlib; `step` and
-# `mixed` also need peft, segment_anything and sam2, and `evidence` the extra of that name. Results are written to the folder. Further
-# arguments go to the program of the part. Without a GPU each part runs in a reduced form.
+# `mixed` also need peft, segment_anything and sam2, and `evidence` the extra of that name. Results are
+# written to the folder. Further arguments go to the program of the part. Without a GPU each part runs in
+# a reduced form.
 set -euo pipefail
 
-part=${1:?"usage: benchmarks/gpu.sh tests|kernels|loss|routes|step|mixed|evidence FOLDER"}
+parts="tests|kernels|loss|routes|step|mixed|evidence"
+part=${1:?"usage: benchmarks/gpu.sh $parts FOLDER"}
 folder=${2:?"name a folder for the results"}
 shift 2
-if [[ ! $part =~ ^(tests|kernels|loss|routes|step|mixed|evidence)$ ]]; then
-    echo "there is no part $part: tests, kernels, loss, routes, step, mixed, evidence" >&2
+if [[ ! $part =~ ^($parts)$ ]]; then
+    echo "there is no part $part: ${parts//|/, }" >&2
     exit 2
 fi
 mkdir -p "$folder"
