@@ -1,9 +1,8 @@
 """Losses that were tried and are not in the library, for the fine-tuning programs.
 
-`python benchmarks/evidence/candidates.py examples/finetuning/finetune_sam.py --distiller anchor-cs
+`python benchmarks/evidence/candidates.py examples/finetuning/finetune_sam.py --distiller anchor
 ...` runs a program of `examples/finetuning` with the distillers of this page beside its own.
-`evidence.py candidates` compares them; docs/evidence.md says what was expected of each, and what
-came.
+`evidence.py candidates` compares them; candidates.md says what was expected of each.
 """
 
 from __future__ import annotations
@@ -42,10 +41,10 @@ from renyi_kd import (
     infosam_terms,
     linear_kernel,
     normalize_gram,
-    renyi_mutual_information,
+    renyi_joint_entropy,
 )
 
-STEPS = 300  # of a run of the second tier, for weights that change
+STEPS = 300  # of a run
 SHARE, MOST = 0.5, 100.0  # of the gradient of the masks' loss, and the largest weight for it
 
 Apart = Callable[[Tensor, Tensor], Tensor]
@@ -201,8 +200,9 @@ class OverBatch(Distiller):
         of_teacher, of_student = relations(self.relation, teacher, student)
         features = teacher.embedding, teacher.tokens
         compression = infosam_terms(of_teacher, of_student, *features).compression
-        grams = (normalize_gram(linear_kernel(r.flatten(1))) for r in (of_teacher, of_student))
-        fixed, moved = grams
+        fixed, moved = (
+            normalize_gram(linear_kernel(r.flatten(1))) for r in (of_teacher, of_student)
+        )
         return compression + 0.5 * self.apart(fixed.detach(), moved)
 
 
@@ -217,11 +217,12 @@ def relations(relation: nn.Module, teacher: Pass, student: Pass) -> tuple[Tensor
 def self_normalised(teacher: Tensor, student: Tensor) -> Tensor:
     """Return I(t; t) + I(s; s) - 2 I(t; s), which is zero for equal Gram matrices at order 2.
 
-    There it is the Cauchy-Schwarz divergence of the matrices whose entries are squared.
+    There it is the Cauchy-Schwarz divergence of the matrices whose entries are squared. The
+    entropies of one matrix cancel, and joint ones are left.
     """
     pairs = ((teacher, teacher), (student, student), (teacher, student))
-    own, others, shared = (renyi_mutual_information(*pair) for pair in pairs)
-    return own + others - 2 * shared
+    own, others, shared = (renyi_joint_entropy(*pair) for pair in pairs)
+    return 2 * shared - own - others
 
 
 class OverBatchByInformation(OverBatch):
@@ -251,9 +252,9 @@ class Remembering(Distiller):
             *(self.relation(p.embedding.flatten(2).mT, p.tokens) for p in (teacher, student)),
             *(teacher.embedding, teacher.tokens),
         ]
-        samples = [
-            torch.cat(pair)[: self.rows] for pair in zip(now, self.past, strict=False)
-        ] or now
+        samples = now
+        if self.past:
+            samples = [torch.cat(x)[: self.rows] for x in zip(now, self.past, strict=True)]
         self.past = [x.detach() for x in samples]
         if len(samples[0]) < 2:
             return 0 * now[1].sum()

@@ -24,7 +24,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import candidates
-from candidates import CANDIDATES
 from grid import (
     Evaluation,
     Grid,
@@ -43,7 +42,7 @@ from parts.files import appearing
 from parts.options import DISTILLERS, SPLITS, WITH_LAYERS, place
 
 SOURCE = "general"
-IMAGES, BATCH, STEPS, VALIDATIONS = 24, 4, 300, 5
+IMAGES, BATCH, STEPS, VALIDATIONS = 24, 4, candidates.STEPS, 5
 RATES = ("2e-4", "6e-4", "2e-3")
 RATE_SEED, RATE_DOMAINS = 100, ("rice_leaf_disease", "roads_epfl")
 PRIMARY_SEEDS, SECOND_SEEDS, THIRD_SEEDS = range(20), range(3), range(5)
@@ -104,7 +103,7 @@ SECOND = (
 )
 BY_ONE = {"batch": 1, "steps": STEPS * BATCH}
 TRIED = (
-    *(Arm(name, ("--distiller", name), through=CANDIDATES_OF) for name in CANDIDATES),
+    *(Arm(name, ("--distiller", name), through=CANDIDATES_OF) for name in candidates.CANDIDATES),
     Arm("plain, batch 1", WITHOUT, **BY_ONE),
     *(
         Arm(f"{name}, batch 1", ("--distiller", name), through=CANDIDATES_OF, **BY_ONE)
