@@ -8,7 +8,9 @@ import torch
 from finetuning_runs import build_once, make_data
 from torch import Tensor
 
+import anchoring
 import candidates
+from candidates import Apart
 from parts.data.prompts import Prompts
 from parts.distillers import choice
 from parts.distillers.base import LOGITS, TOKENS, Pass
@@ -25,6 +27,11 @@ def unit_rows(seed: int) -> Tensor:
     return torch.nn.functional.normalize(torch.randn(2, 30, 7, dtype=torch.float64), dim=-1)
 
 
+def as_map(rows: Tensor) -> Tensor:
+    """An embedding with these places, whose lengths do not matter."""
+    return (torch.rand(2, 30, 1, dtype=torch.float64) + 0.5).mul(rows).mT.unflatten(2, (5, 6))
+
+
 def passes(moved: float, batch: int = 4, seed: int = 0) -> tuple[Pass, Pass]:
     """A teacher's pass, and a student's whose features are moved."""
     torch.manual_seed(seed)
@@ -34,21 +41,53 @@ def passes(moved: float, batch: int = 4, seed: int = 0) -> tuple[Pass, Pass]:
     return Pass([], embedding, tokens, embedding.mean(1)), Pass([], *found, logits)
 
 
-def test_anchors_are_those_of_the_whole_matrices() -> None:
-    student, teacher = unit_rows(0), unit_rows(1)
-    a, b = student @ student.mT, teacher @ teacher.mT
+def test_anchors_are_those_of_the_whole_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anchoring, "BLOCK", 8)  # the last block is a shorter one
+    rows = unit_rows(0), unit_rows(1)
+    maps = [as_map(one) for one in rows]
+    a, b = (one @ one.mT for one in rows)
     inner = (a * b).sum((1, 2))
     lengths = a.square().sum((1, 2)) * b.square().sum((1, 2))
-    found = candidates.divergence(student, teacher)
-    torch.testing.assert_close(found, -(inner.square() / lengths).log2())
-    found = candidates.squares(student, teacher)
-    torch.testing.assert_close(found, (a - b).square().mean((1, 2)))
+    divergence = -(inner.square() / lengths).log2()
+    torch.testing.assert_close(anchoring.divergence(*maps), divergence)
+    torch.testing.assert_close(anchoring.by_matrices(*maps), divergence)
+    torch.testing.assert_close(anchoring.squares(*maps), (a - b).square().mean((1, 2)))
     expected = (a.clamp(min=0) - b.clamp(min=0)).square().mean((1, 2))
-    torch.testing.assert_close(candidates.clipped_squares(student, teacher), expected)
+    torch.testing.assert_close(candidates.clipped_squares(*maps), expected)
     centre = torch.eye(30, dtype=torch.float64) - 1 / 30
     a, b = centre @ a @ centre, centre @ b @ centre
     cosine = (a * b).sum((1, 2)) / (a.square().sum((1, 2)) * b.square().sum((1, 2))).sqrt()
-    torch.testing.assert_close(candidates.misalignment(student, teacher), 1 - cosine)
+    torch.testing.assert_close(candidates.misalignment(*maps), 1 - cosine)
+
+
+@pytest.mark.parametrize("loss", [anchoring.divergence, anchoring.squares])
+def test_anchors_have_the_gradient_of_their_values(loss: Apart, monkeypatch) -> None:
+    monkeypatch.setattr(anchoring, "BLOCK", 8)
+    student, teacher = as_map(unit_rows(0)).requires_grad_(), as_map(unit_rows(1))
+    assert torch.autograd.gradcheck(lambda x: loss(x, teacher), student)
+
+
+def test_anchors_of_half_precision_are_summed_in_float32() -> None:
+    """As little is lost under autocast, which would round the factors of products."""
+    maps = [as_map(unit_rows(seed)).bfloat16() for seed in (0, 1)]
+    expected = anchoring.divergence(*(x.double() for x in maps))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = anchoring.divergence(*maps)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_the_measurement_of_anchors_runs(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    small = ["--rounds", "1", "--batch", "2", "--grid", "4", "--width", "8"]
+    monkeypatch.setattr(sys, "argv", ["anchoring.py", *small])
+    anchoring.main()
+    lines = capsys.readouterr().out.splitlines()[3:]
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| InfoSAM",
+        "| divergence, D x D",
+        "| squares, D x D",
+        "| divergence, P x P",
+    ]
 
 
 def test_self_normalised_information_is_a_divergence_of_squared_matrices() -> None:

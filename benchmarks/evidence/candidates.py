@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from anchoring import divergence, squares
 from parts.data.batches import Batch, MaskedImages
 from parts.data.prompts import Prompts, draw_points
 from parts.data.tables import read_tables
@@ -50,32 +51,15 @@ SHARE, MOST = 0.5, 100.0  # of the gradient of the masks' loss, and the largest 
 Apart = Callable[[Tensor, Tensor], Tensor]
 
 
-def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the Cauchy-Schwarz divergence of the Gram matrices of unit rows (B, P, D), (B)."""
-    return cauchy_schwarz_divergence(SampleGram(student), SampleGram(teacher))
-
-
-def squares(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean squared difference of the cosines of all rows, (B).
-
-    By D x D products, as the norm of Z Zᵀ is that of Zᵀ Z.
-    """
-    of_student, of_both, of_teacher = (
-        (x.mT @ y).square().sum((1, 2))
-        for x, y in ((student, student), (student, teacher), (teacher, teacher))
-    )
-    return (of_student - 2 * of_both + of_teacher) / student.shape[1] ** 2
-
-
 def clipped_squares(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the same of cosines whose negative ones are set to zero, as DINOv3 does."""
-    one, other = ((x @ x.mT).relu() for x in (student, teacher))
+    """Return the squares of cosines whose negative ones are set to zero, as DINOv3 does."""
+    one, other = ((x @ x.mT).relu() for x in map(places, (student, teacher)))
     return (one - other).square().mean((1, 2))
 
 
 def misalignment(student: Tensor, teacher: Tensor) -> Tensor:
     """Return what the centred alignment of the Gram matrices lacks to 1, as PaKA does."""
-    return 1 - cka(SampleGram(student), SampleGram(teacher))
+    return 1 - cka(*(SampleGram(places(x)) for x in (student, teacher)))
 
 
 def places(embedding: Tensor) -> Tensor:
@@ -87,7 +71,7 @@ class Anchor(Distiller):
     """The places of an image are alike as they are to the teacher.
 
     Attributes:
-        apart: What tells two Gram matrices apart.
+        apart: What tells the Gram matrices of two embeddings' places apart.
     """
 
     needs = (EMBEDDING,)
@@ -95,7 +79,7 @@ class Anchor(Distiller):
 
     def forward(self, teacher: Pass, student: Pass, masks: Tensor) -> Tensor:
         """Return the loss."""
-        return self.apart(places(student.embedding), places(teacher.embedding)).mean()
+        return self.apart(student.embedding, teacher.embedding).mean()
 
 
 class AnchorBySquares(Anchor):
@@ -126,8 +110,8 @@ class AnchorOfTokens(Distiller):
         pixels = teacher.embedding.flatten(2)
         scores = teacher.tokens @ pixels / pixels.shape[1] ** 0.5
         weight = scores.softmax(-1).mean(1)[..., None].sqrt()
-        one, other = (weight * places(p.embedding) for p in (student, teacher))
-        return divergence(one, other).mean()
+        grams = (SampleGram(weight * places(p.embedding)) for p in (student, teacher))
+        return cauchy_schwarz_divergence(*grams).mean()
 
 
 class Warmed(Distiller):

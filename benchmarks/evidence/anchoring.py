@@ -1,0 +1,178 @@
+"""How alike the places of an image are to a student and to its teacher, without a P x P matrix.
+
+The cosines of all places make a Gram matrix for each of the two. Its norms and inner products are
+those of D x D matrices, which are summed over blocks of places: neither the P x P matrices nor maps
+of unit length are ever whole. `python benchmarks/evidence/anchoring.py` measures a loss made of
+them, forward and backward at SAM's shape, against the matrices themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from measure import DEVICE, bandwidth, in_turns, peak_memory
+from renyi_kd import InfoSAMDistiller
+from run import device_name
+
+BLOCK = 256  # places, so that what is in use stays below a tenth of the maps of four images
+SHORTEST = 1e-12  # as a place of zeros has no direction
+
+Step = Callable[[], object]
+
+
+def inner_products(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return those of the Gram matrices of all places' cosines, for each image.
+
+    Args:
+        student: An embedding, shape (B, D, h, w).
+        teacher: An embedding of the same shape, which passes no gradient.
+
+    Returns:
+        The squared norm of the student's matrix, its inner product with the teacher's, and the
+        squared norm of the teacher's, shape (B,) each.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        return _InnerProducts.apply(student.flatten(2), teacher.flatten(2))
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the Cauchy-Schwarz divergence of these matrices in bits, for each image."""
+    of_student, of_both, of_teacher = inner_products(student, teacher)
+    return of_student.log2() + of_teacher.log2() - 2 * of_both.log2()
+
+
+def squares(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean squared difference of the cosines of all places, for each image."""
+    of_student, of_both, of_teacher = inner_products(student, teacher)
+    return (of_student - 2 * of_both + of_teacher) / student[0, 0].numel() ** 2
+
+
+class _InnerProducts(torch.autograd.Function):
+    """Those of maps (B, D, P), with D x D products Z Zᵀ in place of the P x P products Zᵀ Z."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(student, teacher)
+        size = student.shape[1]
+        room, to_both, of_teacher = _rooms(student, 2 * size * BLOCK, 2 * size**2, size**2)
+        to_both, of_teacher = to_both.view(size, 2 * size), of_teacher.view(size, size)
+        found = []
+        for maps in zip(student, teacher, strict=True):
+            to_both.zero_()
+            of_teacher.zero_()
+            for _, unit, _ in _unit_blocks(*maps, room):
+                to_both.addmm_(unit[:size], unit.mT)
+                of_teacher.addmm_(unit[size:], unit[size:].mT)
+            products = (*to_both.split(size, dim=1), of_teacher)
+            found.append(torch.stack([x.square().sum() for x in products]))
+        return torch.stack(found).unbind(1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor, None]:
+        student, teacher = ctx.saved_tensors
+        size = student.shape[1]
+        room, to_both = _rooms(student, 2 * size * BLOCK, 2 * size**2)
+        to_both = to_both.view(size, 2 * size)
+        gradient = torch.empty_like(student)
+        for image, maps in enumerate(zip(student, teacher, strict=True)):
+            to_both.zero_()
+            for _, unit, _ in _unit_blocks(*maps, room):
+                to_both.addmm_(unit[:size], unit.mT)
+            to_both[:, :size] *= 4 * weights[0][image]
+            to_both[:, size:] *= 2 * weights[1][image]
+            for block, unit, length in _unit_blocks(*maps, room):
+                wanted, along = to_both @ unit, unit[:size]
+                wanted -= along * (along * wanted).sum(0)  # what makes it longer changes no cosine
+                wanted /= length
+                gradient[image, :, block] = wanted
+        return gradient, None
+
+
+def _unit_blocks(
+    student: Tensor, teacher: Tensor, room: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield blocks of places of two maps (D, P).
+
+    With each come both maps' places at unit length, one over the other, in the room that is given,
+    and the lengths that the student's had.
+    """
+    for start in range(0, student.shape[1], BLOCK):
+        block = slice(start, start + BLOCK)
+        pair = [x[:, block].to(room.dtype) for x in (student, teacher)]
+        unit = room[: 2 * pair[0].numel()].view(2, *pair[0].shape)
+        lengths = []
+        for place, rows in zip(unit, pair, strict=True):
+            lengths.append(rows.square().sum(0).sqrt_().clamp_(min=SHORTEST))
+            torch.div(rows, lengths[-1], out=place)
+        yield block, unit.flatten(0, 1), lengths[0]
+
+
+def _rooms(like: Tensor, *sizes: int) -> list[Tensor]:
+    """Return vectors to write to, in float32 or wider."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return [like.new_empty(size, dtype=dtype) for size in sizes]
+
+
+def by_matrices(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the same divergence of the P x P matrices."""
+    one, other = (F.normalize(x.flatten(2), dim=1) for x in (student, teacher))
+    a, b = one.mT @ one, other.mT @ other
+    lengths = a.square().sum((1, 2)).log2() + b.square().sum((1, 2)).log2()
+    return lengths - 2 * (a * b).sum((1, 2)).log2()
+
+
+def main() -> None:
+    """Print time and memory beside those of the InfoSAM loss."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9, help="of which medians are taken")
+    parser.add_argument("--batch", type=int, default=4, help="images")
+    parser.add_argument("--grid", type=int, default=64, help="rows and columns of an embedding")
+    parser.add_argument("--width", type=int, default=256, help="channels of an embedding")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    shape = (options.batch, options.width, options.grid, options.grid)
+    teacher = torch.randn(shape, device=DEVICE)
+    student = (teacher + 0.3 * torch.randn_like(teacher)).requires_grad_()
+    token = torch.randn(options.batch, 1, options.width, device=DEVICE)
+    others = token.clone().requires_grad_()
+    distiller = InfoSAMDistiller(options.width).to(DEVICE)
+    inputs = (student, others, *distiller.parameters())
+
+    def step_of(loss: Callable[[Tensor, Tensor], Tensor]) -> Step:
+        return lambda: torch.autograd.grad(loss(student, teacher).mean(), student)
+
+    steps: dict[str, Step] = {
+        "InfoSAM": lambda: torch.autograd.grad(
+            distiller((teacher, token), (student, others)), inputs
+        ),
+        "divergence, D x D": step_of(divergence),
+        "squares, D x D": step_of(squares),
+        "divergence, P x P": step_of(by_matrices),
+    }
+    left, right = student.detach().flatten(2), teacher.flatten(2)
+    product = "a product of D x P by P x D"
+    times = in_turns(steps | {product: lambda: left @ right.mT}, options.rounds)
+    floor = 7 * times.pop(product)  # three forward, two more to make them anew, two of blocks
+    print(f"{device_name()}, torch {torch.__version__}, {shape}, forward and backward;")
+    print(f"a large copy reads and writes {bandwidth() / 1e9:.0f} GB/s\n")
+    print("| loss | ms | × InfoSAM | × seven products | memory beyond the gradient, maps |")
+    print("|---|---|---|---|---|")
+    for name, taken in times.items():
+        extra = peak_memory(steps[name]) / teacher.nbytes - 1
+        ratios = f"{taken / times['InfoSAM']:.1f} | {taken / floor:.1f}"
+        print(f"| {name} | {1e3 * taken:.1f} | {ratios} | {extra:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
