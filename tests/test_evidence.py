@@ -128,6 +128,20 @@ def test_the_second_tier_is_compared_on_its_own_seeds_and_domains() -> None:
     assert report.effects(few, "infosam")[report.TARGET].mean == pytest.approx(1.0)
 
 
+def test_fresh_seeds_are_compared_among_themselves(tmp_path: Path, capsys) -> None:
+    """They have a table of their own, and are no part of the primary comparison."""
+    rows = compared({"a": 1.0}, 20, 0.0)
+    for seed in evidence.FRESH_SEEDS:
+        rows += [made_up("plain", "a", seed, 0.9), made_up("anchor", "a", seed, 0.85)]
+    write_table(tmp_path / "runs.csv", rows)
+    report.main([str(tmp_path / "runs.csv"), "--output", str(tmp_path / "results")])
+    primary, fresh = capsys.readouterr().out.split("## Again, on 10 fresh seeds")
+    assert (
+        f"| a | {100 * np.mean([float(row[report.TARGET]) for row in rows[:40:2]]):.1f}" in primary
+    )
+    assert "| anchor | 10 | -5.00 [-5.00, -5.00] |" in fresh
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

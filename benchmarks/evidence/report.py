@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "paper"))
 
 from evidence import (
+    FRESH_SEEDS,
     INFOSAM,
     PLAIN,
     PRIMARY_SEEDS,
@@ -90,13 +91,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     with plain_errors(), appearing(options.output) as folder:
         rows = read_runs(options.runs)
         folder.mkdir()
-        parts = primary(few_images(rows)), arms(second_tier(rows)), everything(rows)
+        few = few_images(rows)
+        parts = (
+            primary(of_seeds(few, PRIMARY_SEEDS)),
+            arms(second_tier(rows)),
+            fresh(of_seeds(few, FRESH_SEEDS)),
+            everything(rows),
+        )
         text = "\n\n".join(filter(None, parts))
         print(text)
         (folder / "evidence.md").write_text(f"{text}\n", encoding="utf-8")
         forest(second_tier(rows), folder / "forest")
         front(second_tier(rows), folder / "front")
-        weights(few_images(rows), folder / "weights")
+        weights(few, folder / "weights")
 
 
 def read_runs(path: Path) -> list[Cells]:
@@ -121,12 +128,17 @@ def few_images(rows: Sequence[Cells]) -> list[Cells]:
     return [row for row in rows if row["images"] != "all"]
 
 
+def of_seeds(rows: Sequence[Cells], seeds: range) -> list[Cells]:
+    """Return the runs of some seeds."""
+    return [row for row in rows if int(row["seed"]) in seeds]
+
+
 def second_tier(rows: Sequence[Cells]) -> list[Cells]:
     """Return the runs of the seeds and domains on which all arms are compared."""
     few = few_images(rows)
     others = [row for row in few if row["arm"] not in (PLAIN, INFOSAM)]
     domains = {row["domain"] for row in others if WEIGHTED not in row["arm"]}
-    return [row for row in few if int(row["seed"]) in SECOND_SEEDS and row["domain"] in domains]
+    return [row for row in of_seeds(few, SECOND_SEEDS) if row["domain"] in domains]
 
 
 def scores_of(rows: Sequence[Cells], arm: str, outcome: str) -> Scores:
@@ -238,17 +250,24 @@ def arms_of(rows: Sequence[Cells]) -> list[str]:
 
 def arms(rows: Sequence[Cells]) -> str:
     """Return a table of the arms of the second tier."""
-    return table(rows, f"## What else, with few images and {len(SECOND_SEEDS)} seeds")
+    title = f"## What else, with few images and {len(SECOND_SEEDS)} seeds"
+    return table(rows, f"{title}\n\n{FEW_SEEDS}")
+
+
+def fresh(rows: Sequence[Cells]) -> str:
+    """Return a table of the arms that were tried again on seeds that chose nothing."""
+    return table(rows, f"## Again, on {len(FRESH_SEEDS)} fresh seeds")
 
 
 def everything(rows: Sequence[Cells]) -> str:
     """Return a table of the arms of the third tier."""
-    return table([row for row in rows if row["images"] == "all"], "## With all images")
+    every = [row for row in rows if row["images"] == "all"]
+    return table(every, f"## With all images\n\n{FEW_SEEDS}")
 
 
-def table(rows: Sequence[Cells], title: str) -> str:
+def table(rows: Sequence[Cells], heading: str) -> str:
     """Return a table of the effects of all arms that there are."""
-    lines = [title, "", FEW_SEEDS, ""]
+    lines = [heading, ""]
     lines += ["| arm − plain, points | pairs | " + " | ".join(OUTCOMES.values()) + " |"]
     lines += ["|---" * (len(OUTCOMES) + 2) + "|"]
     found = {arm: effects(rows, arm) for arm in arms_of(rows)}
