@@ -4,6 +4,9 @@ That is a file for segment_anything and sam2: `python examples/finetuning/export
 leaf.pth`. For transformers it is a folder, with the JSON files that were in the folder of
 `--model`, which are those of the processor.
 
+With `--average 0.75` its weights are three quarters those of the run, and one quarter those from
+before training (WiSE-FT, Wortsman et al., CVPR 2022).
+
 With `--adapter` it is a folder that `peft.PeftModel.from_pretrained` adds to the official model:
 `python examples/finetuning/export.py runs/leaf leaf-adapter --adapter --push-to me/leaf-adapter`.
 """
@@ -15,7 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from parts.errors import plain_errors
-from parts.options import add_moved, place, whole
+from parts.options import add_moved, number, place, whole
 
 if TYPE_CHECKING:
     from parts.models.segmenter import Segmenter
@@ -33,6 +36,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=place, help="the --output of a fine-tuning script")
     parser.add_argument("path", type=place, help="where to write")
     parser.add_argument("--epoch", type=whole(0), help="another epoch than the best")
+    parser.add_argument(
+        "--average",
+        type=number(0),
+        metavar="SHARE",
+        help="mix the run with what it started from, with this share of its own",
+    )
     group = parser.add_argument_group("to share it")
     group.add_argument(
         "--adapter", action="store_true", help="write an adapter of PEFT, with a model card"
@@ -49,16 +58,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--push-to and --base-model need --adapter")
     if arguments.adapter and arguments.epoch == 0:
         parser.error("--adapter needs an --epoch of training, got 0")
+    if arguments.average is not None and arguments.average > 1:
+        parser.error(f"--average must be from 0 to 1, got {arguments.average:g}")
+    if arguments.adapter and arguments.average is not None:
+        parser.error("--average mixes all weights, and --adapter writes few; leave one of them out")
     with plain_errors():
         from parts.files import refuse_existing
         from parts.models.adaptation import NOT_MERGED
-        from parts.runs.trained import export, load_run
+        from parts.runs.trained import average, check_merged, export, load_run
 
         refuse_existing([arguments.path])
         student, options = load_run(arguments.run, arguments.epoch, arguments)
         if arguments.adapter:
             share(student, options, arguments)
             return
+        if arguments.average is not None:
+            check_merged(arguments.run, options)
+            average(student, load_run(arguments.run, 0, arguments)[0], arguments.average)
         export(student, options, arguments.path)
     print(f"{options.model} with {options.method}: {arguments.path}")
     if options.method in NOT_MERGED:

@@ -124,6 +124,20 @@ def logits_of(run: Path, image: np.ndarray, epoch: int | None = None) -> np.ndar
     return student.frame.restore(logits, *image.shape[:2]).numpy()
 
 
+def test_averaged_weights_are_exported(trained, tmp_path: Path) -> None:
+    """Each is between that of the student and that before training."""
+    run, path = trained("sam", "lora"), tmp_path / "leaf.pth"
+    export.main([str(run), str(path), "--average", "0.75"])
+    before = load_run(run, 0)[0].model.state_dict()
+    export_student(*load_run(run), tmp_path / "whole.pth")
+    after = torch.load(tmp_path / "whole.pth", weights_only=True)
+    found = torch.load(path, weights_only=True)
+    assert found.keys() == after.keys()
+    assert any(not torch.equal(after[name], before[name]) for name in after)
+    for name, value in found.items():
+        torch.testing.assert_close(value, 0.75 * after[name] + 0.25 * before[name])
+
+
 def test_exports_replace_nothing_and_make_folders(trained, tmp_path: Path, capsys) -> None:
     run = str(trained("sam", "lora"))
     export.main([run, str(tmp_path / "new" / "leaf.pth")])
@@ -188,13 +202,15 @@ def test_what_is_not_merged_is_loaded(family: str, method: str, inputs, tmp_path
         (["{run}", "x.pth", "--epoch", "9"], "must hold the checkpoint of epoch 9"),
         (["{run}", "x.pth", "--checkpoint", "other"], "is not there any more; say by --checkpoint"),
         (["{run}", "x.pth", "--teacher-checkpoint", "other"], "--teacher-checkpoint was not given"),
+        (["{adapted}", "x.pth", "--average", "0.5"], "--average needs a method that is merged"),
     ],
 )
 def test_wrong_exports(
     arguments: list[str], message: str, trained, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    places = {"run": trained("sam", "lora"), "empty": tmp_path}
+    places = {"run": trained("sam", "lora"), "adapted": trained("sam", "adapter")}
+    places["empty"] = tmp_path
     with pytest.raises(SystemExit, match=message):
         export.main([argument.format(**places) for argument in arguments])
     assert not (tmp_path / "x.pth").exists()

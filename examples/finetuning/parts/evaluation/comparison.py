@@ -20,14 +20,12 @@ from parts.data.batches import MaskedImages, collate
 from parts.data.check import Report, read_data
 from parts.data.reading import reading_of
 from parts.data.tables import Row, Splits
-from parts.errors import InputError
 from parts.evaluation.metrics import image_scores
 from parts.evaluation.scores import predictions
 from parts.files import appearing, refuse_existing
-from parts.models.adaptation import NOT_MERGED
 from parts.options import TEST_TABLE, next_command
 from parts.runs.folder import check_digests, digest_of_data, places, read_options
-from parts.runs.trained import average, load_run
+from parts.runs.trained import average, check_merged, load_run
 
 Scores = dict[str, float]
 
@@ -110,12 +108,8 @@ def models(arguments: argparse.Namespace) -> list[Asked]:
         for model in runs.values()
         for share in dict.fromkeys(arguments.average)
     ]
-    layered = [model for model in averaged if model.options.method in NOT_MERGED]
-    if layered:
-        raise InputError(
-            f"--average needs a method that is merged into the weights, such as lora or decoder; "
-            f"{layered[0].run} has {layered[0].options.method}"
-        )
+    for model in averaged:
+        check_merged(model.run, model.options)
     names = {model.name for model in runs.values()}
     for model in runs.values() if arguments.pretrained else ():
         name = f"{model.name} before"

@@ -87,6 +87,15 @@ def merge_lora(model: nn.Module) -> None:
             del qkv.parts
 
 
+def check_merged(run: Path, options: argparse.Namespace) -> None:
+    """Raise `InputError` unless the method of a run is merged into the weights."""
+    if options.method in NOT_MERGED:
+        raise InputError(
+            f"--average needs a method that is merged into the weights, such as lora or decoder; "
+            f"{run} has {options.method}"
+        )
+
+
 @torch.no_grad()
 def average(student: Segmenter, start: Segmenter, share: float) -> None:
     """Mix a trained student with the model that it was before, as WiSE-FT does.
