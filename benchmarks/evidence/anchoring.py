@@ -64,13 +64,13 @@ class _InnerProducts(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(student, teacher)
         size = student.shape[1]
-        room, to_both, of_teacher = _rooms(student, 2 * size * BLOCK, 2 * size**2, size**2)
-        to_both, of_teacher = to_both.view(size, 2 * size), of_teacher.view(size, size)
+        buffer, to_both = _buffer(student, 2 * size * BLOCK), _buffer(student, size, 2 * size)
+        of_teacher = _buffer(student, size, size)
         found = []
         for maps in zip(student, teacher, strict=True):
             to_both.zero_()
             of_teacher.zero_()
-            for _, unit, _ in _unit_blocks(*maps, room):
+            for _, unit, _ in _unit_blocks(*maps, buffer):
                 to_both.addmm_(unit[:size], unit.mT)
                 of_teacher.addmm_(unit[size:], unit[size:].mT)
             products = (*to_both.split(size, dim=1), of_teacher)
@@ -82,16 +82,15 @@ class _InnerProducts(torch.autograd.Function):
     def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor, None]:
         student, teacher = ctx.saved_tensors
         size = student.shape[1]
-        room, to_both = _rooms(student, 2 * size * BLOCK, 2 * size**2)
-        to_both = to_both.view(size, 2 * size)
+        buffer, to_both = _buffer(student, 2 * size * BLOCK), _buffer(student, size, 2 * size)
         gradient = torch.empty_like(student)
         for image, maps in enumerate(zip(student, teacher, strict=True)):
             to_both.zero_()
-            for _, unit, _ in _unit_blocks(*maps, room):
+            for _, unit, _ in _unit_blocks(*maps, buffer):
                 to_both.addmm_(unit[:size], unit.mT)
             to_both[:, :size] *= 4 * weights[0][image]
             to_both[:, size:] *= 2 * weights[1][image]
-            for block, unit, length in _unit_blocks(*maps, room):
+            for block, unit, length in _unit_blocks(*maps, buffer):
                 wanted, along = to_both @ unit, unit[:size]
                 wanted -= along * (along * wanted).sum(0)  # what makes it longer changes no cosine
                 wanted /= length
@@ -100,17 +99,17 @@ class _InnerProducts(torch.autograd.Function):
 
 
 def _unit_blocks(
-    student: Tensor, teacher: Tensor, room: Tensor
+    student: Tensor, teacher: Tensor, buffer: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield blocks of places of two maps (D, P).
 
-    With each come both maps' places at unit length, one over the other, in the room that is given,
-    and the lengths that the student's had.
+    With each come the places of both maps at unit length, one over the other, in the buffer, and
+    the lengths that the student's had.
     """
     for start in range(0, student.shape[1], BLOCK):
         block = slice(start, start + BLOCK)
-        pair = [x[:, block].to(room.dtype) for x in (student, teacher)]
-        unit = room[: 2 * pair[0].numel()].view(2, *pair[0].shape)
+        pair = [x[:, block].to(buffer.dtype) for x in (student, teacher)]
+        unit = buffer[: 2 * pair[0].numel()].view(2, *pair[0].shape)
         lengths = []
         for place, rows in zip(unit, pair, strict=True):
             lengths.append(rows.square().sum(0).sqrt_().clamp_(min=SHORTEST))
@@ -118,10 +117,9 @@ def _unit_blocks(
         yield block, unit.flatten(0, 1), lengths[0]
 
 
-def _rooms(like: Tensor, *sizes: int) -> list[Tensor]:
-    """Return vectors to write to, in float32 or wider."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    return [like.new_empty(size, dtype=dtype) for size in sizes]
+def _buffer(like: Tensor, *shape: int) -> Tensor:
+    """Return a tensor to write to, in float32 or wider."""
+    return like.new_empty(shape, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
 def by_matrices(student: Tensor, teacher: Tensor) -> Tensor:
