@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from measure import DEVICE, bandwidth, in_turns, peak_memory
 from renyi_kd import InfoSAMDistiller
-from run import device_name
 
 BLOCK = 256  # places, so that what is in use stays below a tenth of the maps of four images
 SHORTEST = 1e-12  # as a place of zeros has no direction
@@ -162,8 +161,8 @@ def main() -> None:
     product = "a product of D x P by P x D"
     times = in_turns(steps | {product: lambda: left @ right.mT}, options.rounds)
     floor = 7 * times.pop(product)  # three forward, two more to make them anew, two of blocks
-    print(f"{device_name()}, torch {torch.__version__}, {shape}, forward and backward;")
-    print(f"a large copy reads and writes {bandwidth() / 1e9:.0f} GB/s\n")
+    print(f"{DEVICE}, {torch.get_num_threads()} threads, torch {torch.__version__}, {shape},")
+    print(f"forward and backward; a large copy reads and writes {bandwidth() / 1e9:.0f} GB/s\n")
     print("| loss | ms | × InfoSAM | × seven products | memory beyond the gradient, maps |")
     print("|---|---|---|---|---|")
     for name, taken in times.items():

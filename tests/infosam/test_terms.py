@@ -103,6 +103,20 @@ def test_weights(compression, distillation):
     assert not any(figure.requires_grad for figure in terms[3:])
 
 
+def test_near_a_collapse_compression_is_of_lower_order_than_distillation():
+    """Relations that are nearly alike are driven together, unless compression has no weight."""
+    rng = np.random.default_rng(0)
+    same, apart = rng.normal(size=(1, 1, 12)), rng.normal(size=(2, B, 1, 12))
+    found = []
+    for size in (0.01, 0.02):
+        relations = tensors(reference.unit_length(same + size * one) for one in apart)
+        found.append(infosam_terms(*relations, *tensors(features(1))))
+    near, far = found
+    assert near.compressed_information > 0
+    assert far.compressed_information / near.compressed_information == pytest.approx(4, rel=0.01)
+    assert far.distilled_information / near.distilled_information == pytest.approx(16, rel=0.01)
+
+
 LAYOUTS = {
     "B,P,D": lambda x, grid: x,
     "B,H,W,D": lambda x, grid: x.reshape(B, *grid, D),

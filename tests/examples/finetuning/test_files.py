@@ -207,7 +207,8 @@ with plain_errors():
 WRITES = {
     "bytes": "place.write_bytes(bytes(2000))",
     "torch": "import torch; torch.save(torch.ones(999), place)",
-    "torch, a file": "import torch; torch.save(torch.ones(999), place.open('wb'))",
+    "torch, a file": "import torch; from parts.runs.checkpoint import save_torch; "
+    "save_torch(torch.ones(999), place)",
     "safetensors": "import torch; from safetensors.torch import save_file; "
     "save_file({'a': torch.ones(999)}, place)",
     "a picture": "import numpy as np; from PIL import Image; Image.fromarray("
