@@ -52,6 +52,11 @@ class InfoSAMDistiller(nn.Module):
         - output: scalar, in the promoted dtype of features and parameters, at least float32.
 
     Note:
+        The loss may drive the relations of all samples to be the same. Then nothing is distilled,
+        and `teacher_relation_entropy` of `terms` is near zero. A smaller `compression_weight` makes
+        this less likely, and with 0 it does not happen.
+
+    Note:
         At alpha 2 and other integers up to 32, nothing waits for a CUDA device. With Triton 3.3 or
         newer, nothing does at any order, for up to 32 samples. Nothing of a map's size is kept for
         backward. There is no second derivative backwards, but by `torch.func.hessian` there is.
