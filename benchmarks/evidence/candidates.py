@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "finetuning"))
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from anchoring import divergence, squares
 from parts.data.batches import Batch, MaskedImages
@@ -35,6 +34,7 @@ from parts.models.tiny_sam import DIM
 from parts.options import DISTILLERS
 from parts.training.loss import structure_loss
 from renyi_kd import (
+    DotProductRelation,
     RelationModule,
     SampleGram,
     cauchy_schwarz_divergence,
@@ -163,9 +163,10 @@ class Balanced(Distiller):
 
 
 class OverBatch(Distiller):
-    """L_r of InfoSAM, and a divergence of the relations' Gram matrices in place of L_d.
+    """A divergence of the relations' Gram matrices over the batch, in place of InfoSAM's loss.
 
-    The divergence trains the student alone, as a relation module could make it zero by itself.
+    The relation is the dot product. One that learns could make the divergence zero by itself, and
+    one that learned by compression alone would collapse.
 
     Attributes:
         apart: What tells the Gram matrices of the teacher and of the student apart.
@@ -177,25 +178,13 @@ class OverBatch(Distiller):
 
     def __init__(self) -> None:
         super().__init__()
-        self.relation = RelationModule(DIM)
+        self.relation = DotProductRelation()
 
     def forward(self, teacher: Pass, student: Pass, masks: Tensor) -> Tensor:
         """Return the loss."""
-        of_teacher, of_student = relations(self.relation, teacher, student)
-        features = teacher.embedding, teacher.tokens
-        compression = infosam_terms(of_teacher, of_student, *features).compression
-        fixed, moved = (
-            normalize_gram(linear_kernel(r.flatten(1))) for r in (of_teacher, of_student)
-        )
-        return compression + 0.5 * self.apart(fixed.detach(), moved)
-
-
-def relations(relation: nn.Module, teacher: Pass, student: Pass) -> tuple[Tensor, Tensor]:
-    """Return the teacher's relation, and the student's with the same weights, detached."""
-    weights = {name: p.detach() for name, p in relation.named_parameters()}
-    pixels, others = (p.embedding.flatten(2).mT for p in (teacher, student))
-    of_student = functional_call(relation, weights, (others, student.tokens))
-    return relation(pixels, teacher.tokens), of_student
+        relations = (self.relation(p.embedding.flatten(2).mT, p.tokens) for p in (teacher, student))
+        grams = (normalize_gram(linear_kernel(relation.flatten(1))) for relation in relations)
+        return self.apart(*grams)
 
 
 def self_normalised(teacher: Tensor, student: Tensor) -> Tensor:
@@ -343,8 +332,8 @@ CANDIDATES: dict[str, tuple[type[Distiller], float]] = {
     "anchor-warmed": (Warmed, 10.0),
     "anchor-faded": (Faded, 10.0),
     "anchor-balanced": (Balanced, 1.0),
-    "batch-divergence": (OverBatch, 1.0),
-    "batch-information": (OverBatchByInformation, 1.0),
+    "batch-divergence": (OverBatch, 0.1),
+    "batch-information": (OverBatchByInformation, 0.25),
     "memory-32": (Remembering, 1.0),
     "memory-64": (RememberingMore, 1.0),
     "elsewhere": (Elsewhere, 0.1),
