@@ -77,6 +77,7 @@ def test_anchors_of_half_precision_are_summed_in_float32() -> None:
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_measurement_of_anchors_runs(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     small = ["--rounds", "1", "--batch", "2", "--grid", "4", "--width", "8"]
     monkeypatch.setattr(sys, "argv", ["anchoring.py", *small])

@@ -206,9 +206,9 @@ with plain_errors():
 """
 WRITES = {
     "bytes": "place.write_bytes(bytes(2000))",
-    "torch": "import torch; torch.save(torch.ones(999), place)",
-    "torch, a file": "import torch; from parts.runs.checkpoint import save_torch; "
-    "save_torch(torch.ones(999), place)",
+    "torch, a file": """import torch
+        with place.open('wb') as file:
+            torch.save(torch.ones(999), file)""",
     "safetensors": "import torch; from safetensors.torch import save_file; "
     "save_file({'a': torch.ones(999)}, place)",
     "a picture": "import numpy as np; from PIL import Image; Image.fromarray("
@@ -216,9 +216,9 @@ WRITES = {
 }
 
 
-@pytest.mark.parametrize("write", ["bytes", "torch, a file", "safetensors", "a picture"])
+@pytest.mark.parametrize("write", WRITES)
 def test_a_full_disk_is_one_line_that_names_the_file(write: str, tmp_path: Path) -> None:
-    code = f"with appearing(Path('new/file')) as place: {WRITES[write]}"
+    code = f"with appearing(Path('new/file')) as place:\n        {WRITES[write]}"
     process = subprocess.run(
         [sys.executable, "-c", LIMITED.format(finetuning=str(FINETUNING), write=code)],
         check=False,
