@@ -75,6 +75,26 @@ def test_anchors_of_half_precision_are_summed_in_float32() -> None:
         found = anchoring.divergence(*maps)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+    student = maps[0].float().requires_grad_()
+    grads = []
+    for enabled in (True, False):
+        loss = anchoring.squares(student, maps[1].float()).sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            grads += torch.autograd.grad(loss, student)
+    assert torch.equal(*grads)
+
+
+def test_anchors_refuse_what_they_cannot_do() -> None:
+    """Maps of two sizes, and a second derivative, which would silently be zero."""
+    student, teacher = as_map(unit_rows(0)).requires_grad_(), as_map(unit_rows(1))
+    with pytest.raises(
+        ValueError, match=r"must have the same shape, got \(2, 7, 5, 6\) and \(2, 7, 4"
+    ):
+        anchoring.squares(student, teacher[:, :, :4])
+    loss = anchoring.squares(student, teacher).sum()
+    (slope,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        slope.sum().backward()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from measure import DEVICE, bandwidth, in_turns, peak_memory
 from renyi_kd import InfoSAMDistiller
+from renyi_kd._autograd import first_derivative_only
 
 BLOCK = 256  # places, so that what is in use stays below a tenth of the maps of four images
 SHORTEST = 1e-12  # as a place of zeros has no direction
@@ -40,6 +42,9 @@ def inner_products(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Te
         The squared norm of the student's matrix, its inner product with the teacher's, and the
         squared norm of the teacher's, shape (B,) each.
     """
+    if student.shape != teacher.shape:
+        shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        raise ValueError(f"`student` and `teacher` must have the same shape, got {shapes}.")
     with torch.autocast(student.device.type, enabled=False):
         return _InnerProducts.apply(student.flatten(2), teacher.flatten(2))
 
@@ -54,6 +59,17 @@ def squares(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean squared difference of the cosines of all places, for each image."""
     of_student, of_both, of_teacher = inner_products(student, teacher)
     return (of_student - 2 * of_both + of_teacher) / student[0, 0].numel() ** 2
+
+
+def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a backward pass that keeps its digits wherever it is called."""
+
+    @wraps(backward)
+    def exact(ctx: Any, *gradients: Tensor) -> Any:
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            return backward(ctx, *gradients)
+
+    return exact
 
 
 class _InnerProducts(torch.autograd.Function):
@@ -77,7 +93,8 @@ class _InnerProducts(torch.autograd.Function):
         return torch.stack(found).unbind(1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
+    @without_autocast
     def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor, None]:
         student, teacher = ctx.saved_tensors
         size = student.shape[1]

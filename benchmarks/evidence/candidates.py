@@ -52,7 +52,7 @@ Apart = Callable[[Tensor, Tensor], Tensor]
 
 
 def clipped_squares(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the squares of cosines whose negative ones are set to zero, as DINOv3 does."""
+    """Return the squares of cosines whose negative ones are set to zero, an option of DINOv3."""
     one, other = ((x @ x.mT).relu() for x in map(places, (student, teacher)))
     return (one - other).square().mean((1, 2))
 

@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_merged(arguments.run, options)
             average(student, load_run(arguments.run, 0, arguments)[0], arguments.average)
         export(student, options, arguments.path)
-    print(f"{options.model} with {options.method}: {arguments.path}")
+    shares = "" if arguments.average is None else f", a share of {arguments.average:g} of it"
+    print(f"{options.model} with {options.method}{shares}: {arguments.path}")
     if options.method in NOT_MERGED:
         call = f'load_adapters(model, Path("{arguments.path}"), method="{options.method}")'
         print(f"It has layers of its own: load it with {call} of parts/runs/trained.py.")

@@ -53,8 +53,7 @@ class InfoSAMDistiller(nn.Module):
 
     Note:
         The loss may drive the relations of all samples to be the same. Then nothing is distilled,
-        and `teacher_relation_entropy` of `terms` is near zero. A smaller `compression_weight` makes
-        this less likely, and with 0 it does not happen.
+        and `teacher_relation_entropy` of `terms` is near zero. It is compression that does so.
 
     Note:
         At alpha 2 and other integers up to 32, nothing waits for a CUDA device. With Triton 3.3 or

@@ -131,6 +131,21 @@ def test_scale_of_each_argument_does_not_matter(functional, alpha, method):
     assert scaled.item() == pytest.approx(value.item(), abs=1e-12)
 
 
+@pytest.mark.parametrize("n", [20, 200, 520])
+@pytest.mark.parametrize("alpha", [2, 3, 8])
+def test_float32_is_served_to_the_ends_of_its_range(n, alpha):
+    """The trace may leave it, as long as twice each entry does not."""
+    x = torch.tensor(np.random.default_rng(n).normal(size=(n, 3)))
+    gram = renyi_kd.rbf_kernel(x, bandwidth=1.0).float()
+    expected = renyi_kd.renyi_entropy(gram, alpha).item()
+    for factor in (1.6e38, 1e-33):
+        scaled = (factor * gram).requires_grad_()
+        value = renyi_kd.renyi_entropy(scaled, alpha)
+        value.backward()
+        assert value.item() == pytest.approx(expected, abs=1e-6)
+        assert scaled.grad.isfinite().all()
+
+
 @over_few_functionals
 @pytest.mark.parametrize("alpha", [0.5, 1, 2, 3.5])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -65,11 +65,12 @@ class _SumOverJoints(torch.autograd.Function):
         *grams: Tensor,
     ) -> Tensor:
         twice = symmetric_sum(_stack(grams)).to(dtype)
-        traces = _trace(twice)
+        # Its range is not left where that of each entry is kept.
+        traces = _trace(twice, torch.float64)
         # Neither scale nor shift changes an entropy. A zero matrix becomes one of equal entries,
         # which is the limit of adding a constant.
         zero = traces == 0
-        scales = traces.masked_fill(zero, math.inf).reciprocal()[..., None, None]
+        scales = traces.masked_fill(zero, math.inf).reciprocal().to(dtype)[..., None, None]
         matrices = torch.addcmul(zero[..., None, None].to(dtype), twice, scales).unbind()
         joints = _stack([hadamard_product(matrices, subset) for subset in subsets])
         of_joints = _trace(joints)[..., None, None]
@@ -103,5 +104,5 @@ def _stack(matrices: Sequence[Tensor]) -> Tensor:
     return matrices[0].unsqueeze(0) if len(matrices) == 1 else torch.stack(list(matrices))
 
 
-def _trace(matrix: Tensor) -> Tensor:
-    return matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+def _trace(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1, dtype=dtype)

@@ -134,9 +134,9 @@ class Logbook:
         if entropy < COLLAPSED * capacity and not self.warned:
             self.warned = True
             tqdm.write(
-                f"Warning: the teacher's relation has collapsed to {entropy:.3f} of {capacity:.1f} "
-                f"bits at batch {self.step}, there is hardly anything to distil. Lower "
-                "--compression-weight or raise --distillation-weight."
+                f"Warning: the teacher's relation is nearly the same for all images of a batch "
+                f"({entropy:.3f} of {capacity:.1f} bits at batch {self.step}), so that there is "
+                "hardly anything to distil. Lower --compression-weight if it stays so."
             )
 
     def validation(self, epoch: int, scores: dict[str, float], seconds: float) -> None:
