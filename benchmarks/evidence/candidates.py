@@ -321,7 +321,7 @@ class OnSource(Elsewhere):
         return self.of_masks(found, wanted, Prompts(points=points, labels=labels))
 
 
-# Each with a weight that makes its gradient at the embedding about half of that of the masks' loss
+# Each with a weight that makes its gradient at the embedding some half of that of the masks' loss
 # after 120 steps of plain fine-tuning on 24 images of rice, at the learning rate of plain.
 CANDIDATES: dict[str, tuple[type[Distiller], float]] = {
     "anchor": (Anchor, 10.0),
