@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +60,6 @@ def squares(student: Tensor, teacher: Tensor) -> Tensor:
     return (of_student - 2 * of_both + of_teacher) / student[0, 0].numel() ** 2
 
 
-def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a backward pass that keeps its digits wherever it is called."""
-
-    @wraps(backward)
-    def exact(ctx: Any, *gradients: Tensor) -> Any:
-        with torch.autocast(gradients[0].device.type, enabled=False):
-            return backward(ctx, *gradients)
-
-    return exact
-
-
 class _InnerProducts(torch.autograd.Function):
     """Those of maps (B, D, P), with D x D products Z Zᵀ in place of the P x P products Zᵀ Z."""
 
@@ -94,24 +82,28 @@ class _InnerProducts(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    @without_autocast
     def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor, None]:
-        student, teacher = ctx.saved_tensors
-        size = student.shape[1]
-        buffer, to_both = _buffer(student, 2 * size * BLOCK), _buffer(student, size, 2 * size)
-        gradient = torch.empty_like(student)
-        for image, maps in enumerate(zip(student, teacher, strict=True)):
-            to_both.zero_()
-            for _, unit, _ in _unit_blocks(*maps, buffer):
-                to_both.addmm_(unit[:size], unit.mT)
-            to_both[:, :size] *= 4 * weights[0][image]
-            to_both[:, size:] *= 2 * weights[1][image]
-            for block, unit, length in _unit_blocks(*maps, buffer):
-                wanted, along = to_both @ unit, unit[:size]
-                wanted -= along * (along * wanted).sum(0)  # what makes it longer changes no cosine
-                wanted /= length
-                gradient[image, :, block] = wanted
-        return gradient, None
+        with torch.autocast(weights[0].device.type, enabled=False):
+            return _gradient(*ctx.saved_tensors, *weights[:2]), None
+
+
+def _gradient(student: Tensor, teacher: Tensor, of_student: Tensor, of_both: Tensor) -> Tensor:
+    """Return the gradient of the student's maps, from those of the first two inner products."""
+    size = student.shape[1]
+    buffer, to_both = _buffer(student, 2 * size * BLOCK), _buffer(student, size, 2 * size)
+    gradient = torch.empty_like(student)
+    for image, maps in enumerate(zip(student, teacher, strict=True)):
+        to_both.zero_()
+        for _, unit, _ in _unit_blocks(*maps, buffer):
+            to_both.addmm_(unit[:size], unit.mT)
+        to_both[:, :size] *= 4 * of_student[image]
+        to_both[:, size:] *= 2 * of_both[image]
+        for block, unit, length in _unit_blocks(*maps, buffer):
+            wanted, along = to_both @ unit, unit[:size]
+            wanted -= along * (along * wanted).sum(0)  # what makes it longer changes no cosine
+            wanted /= length
+            gradient[image, :, block] = wanted
+    return gradient
 
 
 def _unit_blocks(

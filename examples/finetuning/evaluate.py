@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from parts.errors import plain_errors
-from parts.options import MOST_POINTS, SPLITS, add_moved, number, place, whole
+from parts.options import MOST_POINTS, SPLITS, add_moved, check_shares, number, place, whole
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="a new folder for the scores")
     add_moved(parser, data=True)
     arguments = parser.parse_args(argv)
-    if any(share > 1 for share in arguments.average):
-        parser.error(f"--average must be from 0 to 1, got {max(arguments.average):g}")
+    check_shares(parser, arguments.average)
     if arguments.points is not None and arguments.prompts != "points":
         parser.error("--points needs --prompts points")
     moved = {getattr(arguments, f"moved_{name}") for name in ("data", "images", "masks", "coco")}

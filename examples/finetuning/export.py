@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from parts.errors import plain_errors
-from parts.options import add_moved, number, place, whole
+from parts.options import add_moved, check_shares, number, place, whole
 
 if TYPE_CHECKING:
     from parts.models.segmenter import Segmenter
@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--push-to and --base-model need --adapter")
     if arguments.adapter and arguments.epoch == 0:
         parser.error("--adapter needs an --epoch of training, got 0")
-    if arguments.average is not None and arguments.average > 1:
-        parser.error(f"--average must be from 0 to 1, got {arguments.average:g}")
+    if arguments.average is not None:
+        check_shares(parser, [arguments.average])
     if arguments.adapter and arguments.average is not None:
         parser.error("--average mixes all weights, and --adapter writes few; leave one of them out")
     with plain_errors():

@@ -407,6 +407,12 @@ def number(least: float = -LARGEST, *, exclusive: bool = False) -> Callable[[str
     return read
 
 
+def check_shares(parser: argparse.ArgumentParser, shares: Sequence[float]) -> None:
+    """End with an error unless no share of `--average` is above 1."""
+    if any(share > 1 for share in shares):
+        parser.error(f"--average must be from 0 to 1, got {max(shares):g}")
+
+
 def order(text: str) -> float:
     """Return a Renyi order: a number above zero, or infinity."""
     return math.inf if text in ("inf", "infinity") else number(0, exclusive=True)(text)

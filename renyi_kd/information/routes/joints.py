@@ -65,7 +65,7 @@ class _SumOverJoints(torch.autograd.Function):
         *grams: Tensor,
     ) -> Tensor:
         twice = symmetric_sum(_stack(grams)).to(dtype)
-        # Its range is not left where that of each entry is kept.
+        # In float64, as the trace of float32 matrices may leave their range.
         traces = _trace(twice, torch.float64)
         # Neither scale nor shift changes an entropy. A zero matrix becomes one of equal entries,
         # which is the limit of adding a constant.

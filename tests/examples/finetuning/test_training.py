@@ -327,7 +327,7 @@ def test_collapse_is_reported(data: Path, tmp_path: Path, capsys) -> None:
     # The features of all samples are alike: they are one image, listed four times.
     folder = listed_again(data, tmp_path / "one", {"train": [0] * 4, "val": [0], "test": [0]})
     run("sam", folder, tmp_path / "run", "--epochs", 1, "--prompts", "boxes")
-    assert capsys.readouterr().out.count("is nearly the same for all images") == 1
+    assert capsys.readouterr().out.count("nearly the same for all images of a batch (0.0") == 1
 
 
 def test_folders_instead_of_tables(tmp_path: Path) -> None:
